@@ -1,0 +1,140 @@
+"""Every key that exists, grouped, with its unit or consequence. The other files of this folder hold only differences.
+
+`--config=configs/NAME.py:DATASET,VARIANT,...` calls `get_config("DATASET,VARIANT,...")` of that file.
+"""
+
+from ml_collections import ConfigDict
+
+from seqrec_jax.data.sources import DATASETS
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """The defaults: SASRec on the embedded synthetic data."""
+    config = ConfigDict()
+    config.name = "base"  # names the default workdir
+    config.system = "sasrec"  # pop | sasrec | sasrec_aug | cl4srec
+    config.seed = 0  # every random stream of the run
+    config.init_from = ""  # workdir or checkpoint whose parameters this run starts from; "" = from scratch
+
+    config.data = data = ConfigDict()
+    data.name = ""  # a named data set (set by the argument after the colon); "" = data.path, or synthetic data
+    data.dir = ""  # folder that holds the named data sets
+    data.path = ""  # a file; overrides the named set's file
+    data.format = ""  # lines | csv | tsv | parquet | jsonl | recbole | movielens | tfds; "" = by the file's name
+    data.user_column = "user_id"  # names of the columns of tabular files
+    data.item_column = "item_id"
+    data.time_column = "timestamp"  # "" = rows are already in time order
+    data.on_bad_row = "error"  # error | drop: drop counts and reports every rejected row
+    data.repeats = "keep"  # keep | drop: drop keeps the first of equal (user, item) pairs
+    data.min_user = 0  # k-core: users with fewer actions are removed, repeatedly; 0 = keep all
+    data.min_item = 0  # k-core: items with fewer actions are removed, repeatedly; 0 = keep all
+    data.cache_dir = ""  # prepared data and compiled programs; "" = .cache beside the workdir
+    data.synthetic_users = 3000  # size of the embedded synthetic data
+    data.synthetic_items = 1000
+    data.synthetic_seed = 0
+
+    config.encoder = encoder = ConfigDict()
+    encoder.max_length = 50  # items of history the encoder sees (the most recent)
+    encoder.dim = 64
+    encoder.layers = 2
+    encoder.heads = 2
+    encoder.ffn = 256  # width of the feed-forward layer
+    encoder.activation = "gelu"  # gelu (erf form) | relu
+    encoder.norm = "post"  # post | pre | query (pre-norm of the attention query alone: the original SASRec)
+    encoder.input_norm = True  # layer norm on the input embeddings
+    encoder.final_norm = False  # layer norm on the output states
+    encoder.scale_embedding = False  # item embeddings times sqrt(dim)
+    encoder.norm_epsilon = 1e-12
+    encoder.positions = "left"  # left: position ids end at max_length - 1 (left padding) | right: they start at 0
+    encoder.embedding_dropout = 0.5
+    encoder.hidden_dropout = 0.5  # attention probabilities, attention output, feed-forward output
+    encoder.init = "normal"  # normal | truncated_normal (within one init_scale)
+    encoder.init_scale = 0.02
+    encoder.dtype = "float32"  # float32 | bfloat16: arithmetic; parameters and losses stay float32
+
+    config.loss = loss = ConfigDict()
+    loss.next_item = "full"  # full (softmax over all items) | sampled | bce | bpr
+    loss.negatives = 512  # sampled: negatives a step, shared by its positions
+    loss.negative_distribution = "uniform"  # sampled: uniform | popularity (with logQ correction)
+
+    config.contrastive = contrastive = ConfigDict()
+    contrastive.weight = 0.1  # lambda
+    contrastive.temperature = 1.0  # tau, divides the similarity
+    contrastive.similarity = "dot"  # dot | cosine
+
+    config.augment = augment = ConfigDict()
+    augment.operators = ("crop", "mask", "reorder")  # the set that views draw from
+    augment.choice = "uniform"  # uniform (each view its own draw) | different (two unlike operators) | fixed
+    augment.crop = 0.6  # eta: share of the history that crop keeps
+    augment.mask = 0.3  # gamma: share of the history that mask replaces
+    augment.reorder = 0.6  # beta: share of the history that reorder shuffles
+
+    config.train = train = ConfigDict()
+    train.batch_size = 256  # histories per step (targets=prefix: prefixes per step)
+    train.targets = "all"  # all (last max_length targets a user) | windows (every target once) | prefix
+    train.packed = True  # several short histories share a row; False: one history a row
+    train.max_epochs = 200
+    train.max_steps = 0  # 0 = no bound besides max_epochs
+    train.max_seconds = 0.0  # training seconds, counted across resumes; 0 = no bound
+    train.patience = 10  # validations without improvement before the run stops; 0 = never
+    train.learning_rate = 1e-3
+    train.schedule = "constant"  # constant | linear (decay to 0 at the last step) | cosine (warm-up, then to 0)
+    train.warmup_steps = 0
+    train.weight_decay = 0.0  # decoupled; not on biases, norms and embeddings
+    train.clip_norm = 0.0  # global gradient norm; 0 = no clipping
+    train.beta1 = 0.9
+    train.beta2 = 0.999
+    train.log_every = 32  # steps per dispatch and per line of metrics.jsonl
+    train.save_every = 0  # steps between checkpoints; 0 = at every validation
+
+    config.eval = evaluation = ConfigDict()
+    evaluation.protocol = "D"  # A | B | C | D | custom
+    evaluation.every = 0  # steps between validations; 0 = once an epoch
+    evaluation.batch_size = 256  # histories ranked at a time; changes memory, never the result
+    evaluation.hide_history = ""  # "" = as the protocol says | yes | no (custom only)
+    evaluation.candidates = ""  # "" = as the protocol says | all | sampled (custom only)
+    evaluation.metric = ""  # "" = as the protocol says | a metric that selects the checkpoint (custom only)
+    evaluation.negatives = ""  # file "user item item ..." with each user's negatives; "" = drawn with negatives_seed
+    evaluation.num_negatives = 99
+    evaluation.negatives_seed = 12345
+
+    config.pop = pop = ConfigDict()
+    pop.counts = "train"  # train | all: actions that the popularity baseline counts
+
+    config.report = report = ConfigDict()
+    report.baselines = ("pop",)  # systems run beside this one, same loss, data and budget
+
+    config.mesh = mesh = ConfigDict()
+    mesh.data = -1  # devices the batch is split over; -1 = all that mesh.model leaves
+    mesh.model = 1  # devices the item table is split over
+    mesh.distributed = False  # call jax.distributed.initialize() first (several hosts)
+    return config
+
+
+def select(config: ConfigDict, argument: str, variants: dict) -> ConfigDict:
+    """Applies the argument after the colon: a data set name and variants, each a function that edits the config."""
+    for word in filter(None, (part.strip() for part in argument.split(","))):
+        if word in DATASETS:
+            config.data.name = word
+        elif word in variants:
+            variants[word](config)
+        else:
+            known = ", ".join([*DATASETS, *variants])
+            raise ValueError(f"'{word}' after the colon is neither a data set nor a variant of {config.name}; known: {known}")
+    return config
+
+
+def smoke(config: ConfigDict) -> None:
+    """Variant `smoke`: seconds, to see that everything runs."""
+    config.data.synthetic_users, config.data.synthetic_items = 300, 120
+    config.encoder.dim, config.encoder.ffn, config.encoder.layers = 16, 32, 1
+    config.train.max_epochs, config.train.batch_size, config.train.log_every = 2, 64, 4
+    config.report.baselines = ("pop",)
+
+
+def original_backbone(config: ConfigDict) -> None:
+    """The original SASRec's encoder (Kang and McAuley, ICDM 2018); the defaults are the one S3-Rec and DuoRec share."""
+    config.encoder.update(
+        dim=50, heads=1, ffn=50, activation="relu", norm="query", input_norm=False, final_norm=True,
+        scale_embedding=True, norm_epsilon=1e-8,
+    )

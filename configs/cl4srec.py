@@ -1,0 +1,33 @@
+"""CL4SRec: Contrastive Learning for Sequential Recommendation (Xie et al., SIGIR 2021 and ICDE 2022).
+
+The default draws each view's operator anew and uses the shared backbone and the softmax over all items; `paper` is the
+published setting: one operator a data set, sampled softmax, linear decay. Name the data set before `paper`.
+
+    python -m seqrec_jax.main --config=configs/cl4srec.py
+    python -m seqrec_jax.main --config=configs/cl4srec.py:beauty,paper --config.data.dir=DATA
+"""
+
+from configs import base
+
+
+def paper(config):
+    """Section 4.1 and Table 3. The paper does not give dropout, epochs, patience and the number of negatives."""
+    config.encoder.update(activation="relu", input_norm=False, init="truncated_normal", init_scale=0.01)
+    config.loss.next_item = "sampled"
+    config.train.schedule = "linear"
+    # One operator for both views: crop is the best on Yelp, mask on Sports (Table 3); elsewhere it is not printed.
+    config.augment.update(choice="fixed", operators=("crop",) if config.data.name == "yelp" else ("mask",), mask=0.5)
+    if config.data.name == "ml1m":  # most histories are longer than 20: without windows most targets would be lost
+        config.encoder.update(max_length=20, embedding_dropout=0.1, hidden_dropout=0.1)
+        config.train.targets = "windows"
+
+
+VARIANTS = {"smoke": base.smoke, "paper": paper}
+
+
+def get_config(argument=""):
+    config = base.get_config()
+    config.name = "cl4srec"
+    config.system = "cl4srec"
+    config.report.baselines = ("pop", "sasrec")
+    return base.select(config, argument, VARIANTS)

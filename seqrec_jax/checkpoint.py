@@ -1,0 +1,255 @@
+"""The only file that knows orbax: save, verify, restore, prune, transfer.
+
+A checkpoint counts once its manifest (a checksum of every file) is written; until then it is invisible. `latest` and the
+one before it are kept, so a damaged newest has a predecessor, and the best one.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from seqrec_jax.data.dataset import SequenceDataset
+from seqrec_jax.errors import UserError
+from seqrec_jax.sharding import shardings_of
+from seqrec_jax.train_step import TrainState
+
+FORMAT = 1  # of what is written here; a reader refuses others
+MANIFEST = "manifest.json"
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """The checkpoints of one workdir."""
+
+    directory: Path
+    manager: ocp.CheckpointManager
+
+
+def open_store(workdir: Path, *, create: bool) -> Store:
+    """Opens `workdir`/checkpoints, removing what a killed save left behind when `create`."""
+    directory = (workdir / "checkpoints").absolute()
+    if create:
+        directory.mkdir(parents=True, exist_ok=True)
+        for step in _steps(directory, whole=False):
+            log.warning("removing checkpoint %d: its save was cut off before it was complete", step)
+            shutil.rmtree(directory / str(step))
+    elif not directory.is_dir():
+        raise UserError(f"{workdir}: no checkpoints here; train first, or name another --workdir")
+    options = ocp.CheckpointManagerOptions(create=create, enable_async_checkpointing=False, read_only=not create)
+    handlers = {
+        "params": ocp.StandardCheckpointHandler(),
+        "rest": ocp.StandardCheckpointHandler(),
+        "meta": ocp.JsonCheckpointHandler(),
+    }
+    return Store(directory, ocp.CheckpointManager(directory, options=options, item_handlers=handlers))
+
+
+def save(store: Store, state: TrainState, meta: dict) -> None:
+    """Writes the state and `meta` (JSON-ready) as the checkpoint of state.step, then drops the ones not needed."""
+    step = int(state.step)
+    rest = {"optimizer": state.optimizer, "state": state.state}
+    if step not in _steps(store.directory, whole=True):
+        saved = store.manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                rest=ocp.args.StandardSave(rest),
+                meta=ocp.args.JsonSave({"format": FORMAT, "step": step} | meta),
+            ),
+        )
+        store.manager.wait_until_finished()
+        if not saved:
+            raise RuntimeError(f"{store.directory}: the checkpoint of step {step} was not written")
+        if jax.process_index() == 0:
+            _write_manifest(store.directory / str(step))
+    kept = _steps(store.directory, whole=True)
+    for old in kept[:-2]:
+        if old != meta["best_step"]:
+            store.manager.delete(old)
+
+
+def restore_latest(store: Store, like: TrainState) -> tuple[TrainState, dict] | None:
+    """The newest undamaged checkpoint, laid out as `like` (any device layout); None if the workdir has none.
+
+    A damaged one is named, set aside as damaged-STEP, and the one before it is used; if all are damaged: an error.
+    """
+    for step in reversed(_steps(store.directory, whole=True)):
+        try:
+            return restore(store, step, like)
+        except Damaged as damage:
+            aside = store.directory / f"damaged-{step}"
+            os.replace(store.directory / str(step), aside)
+            store.manager.reload()
+            log.warning("checkpoint %d is damaged (%s): set aside as %s, trying the one before it", step, damage, aside)
+    damaged = sorted(path.name for path in store.directory.glob("damaged-*"))
+    if damaged:
+        raise UserError(
+            f"{store.directory}: every checkpoint is damaged ({', '.join(damaged)}). Restore one from a copy, or start "
+            "again in another --workdir; nothing was deleted"
+        )
+    return None
+
+
+def restore(store: Store, step: int, like: TrainState) -> tuple[TrainState, dict]:
+    """The checkpoint of `step`, verified, with the structure and shardings of `like`."""
+    _verify(store.directory / str(step))
+    rest = {"optimizer": like.optimizer, "state": like.state}
+    restored = store.manager.restore(
+        step,
+        args=ocp.args.Composite(
+            params=ocp.args.StandardRestore(_abstract(like.params)), rest=ocp.args.StandardRestore(_abstract(rest))
+        ),
+    )
+    state = TrainState(
+        step=jax.device_put(np.int32(step), like.step.sharding),
+        params=restored["params"],
+        optimizer=restored["rest"]["optimizer"],
+        state=restored["rest"]["state"],
+    )
+    return state, read_meta(store, step)
+
+
+def read_meta(store: Store, step: int) -> dict:
+    """What was saved beside the arrays of `step`."""
+    meta = store.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    if meta["format"] != FORMAT:
+        raise UserError(
+            f"{store.directory}/{step} has checkpoint format {meta['format']}, this version reads {FORMAT}: "
+            "use the version that wrote it"
+        )
+    return meta
+
+
+def restore_params(store: Store, step: int, mesh: Mesh) -> dict:
+    """The parameters of `step` alone, verified, in the shapes they were saved with."""
+    _verify(store.directory / str(step))
+    saved = store.manager.item_metadata(step)["params"]
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
+    like = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings_of(mesh, shapes),
+    )
+    return store.manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(like)))["params"]
+
+
+def best_checkpoint(workdir: Path) -> tuple[Store, int, dict]:
+    """(store, step, meta) of the best checkpoint, as the newest undamaged one records it."""
+    store = open_store(workdir, create=False)
+    for step in reversed(_steps(store.directory, whole=True)):
+        try:
+            _verify(store.directory / str(step))
+        except Damaged as damage:
+            log.warning("checkpoint %d is damaged (%s)", step, damage)
+            continue
+        best = read_meta(store, step)["best_step"]
+        return store, best, read_meta(store, best)
+    raise UserError(f"{store.directory}: no whole checkpoint; train first, or name another --workdir")
+
+
+def latest_step(store: Store) -> int | None:
+    """The newest whole checkpoint."""
+    return max(_steps(store.directory, whole=True), default=None)
+
+
+def check_data(meta: dict, dataset: SequenceDataset, where: Path) -> None:
+    """Refuses a data set other than the one the checkpoint was trained on."""
+    if meta["dataset_hash"] != dataset.hash:
+        raise UserError(
+            f"{where}: trained on data {meta['dataset_hash']}, but the data now is {dataset.hash}: give back the same "
+            "file and data settings, or name another --workdir"
+        )
+
+
+def transfer(params: dict, item_ids: np.ndarray, init_from: str, mesh: Mesh) -> tuple[dict, dict]:
+    """`params` with the values of another run's best checkpoint, and a report of the items.
+
+    Parameters are matched by name and must agree in shape; rows of the item table are matched by the items' own ids.
+    """
+    path = Path(init_from).expanduser()
+    if not path.is_dir():
+        raise UserError(f"{path}: no such workdir or checkpoint (config.init_from); nothing was started from scratch")
+    if path.parent.name == "checkpoints":
+        store, step = open_store(path.parent.parent, create=False), int(path.name)
+        meta = read_meta(store, step)
+    else:
+        store, step, meta = best_checkpoint(path)
+    old = restore_params(store, step, mesh)
+    old_of = dict(jax.tree_util.tree_leaves_with_path(old))
+    wrong = []
+    for name, leaf in jax.tree_util.tree_leaves_with_path(params):
+        there = old_of.get(name)
+        is_table = jax.tree_util.keystr(name) == "['items']"
+        shapes = (leaf.shape[1:], getattr(there, "shape", (0, "missing"))[1:]) if is_table else (
+            leaf.shape, getattr(there, "shape", "missing"))  # fmt: skip
+        if shapes[0] != shapes[1]:
+            wrong.append(f"  {jax.tree_util.keystr(name)}: here {shapes[0]}, there {shapes[1]}")
+    if wrong:
+        raise UserError(f"{path}: parameters do not fit (config.init_from):\n" + "\n".join(wrong))
+    row_of = {item: row for row, item in enumerate(meta["items"], 1)}
+    pairs = [(new, row_of[item]) for new, item in enumerate(item_ids.tolist(), 1) if item in row_of]
+    if not pairs:
+        raise UserError(f"{path}: no item of this data set is in that checkpoint (config.init_from)")
+    pairs.append((len(item_ids) + 1, len(meta["items"]) + 1))  # the mask token
+    new_rows, old_rows = np.array(pairs).T
+    table = np.array(params["items"])
+    table[new_rows] = np.array(old["items"])[old_rows]
+    kept = len(pairs) - 1
+    report = {
+        "from": str(path), "step": step, "items_kept": kept, "items_new": len(item_ids) - kept,
+        "items_dropped": len(meta["items"]) - kept, "manifest": _digest(store.directory / str(step) / MANIFEST),
+    }  # fmt: skip
+    merged = {**{name: old[name] for name in params}, "items": table}
+    return jax.device_put(merged, shardings_of(mesh, merged)), report
+
+
+class Damaged(Exception):
+    """A file of a checkpoint is missing or differs from the manifest."""
+
+
+def _steps(directory: Path, *, whole: bool) -> list[int]:
+    """Steps with (whole) or without a manifest, in rising order by number."""
+    found = [path for path in directory.iterdir() if path.name.isdigit()]
+    return sorted(int(path.name) for path in found if (path / MANIFEST).is_file() == whole)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {str(path.relative_to(folder)): _digest(path) for path in files}
+    temporary = folder / (MANIFEST + ".tmp")
+    with temporary.open("w") as file:
+        json.dump(entries, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / MANIFEST)
+
+
+def _verify(folder: Path) -> None:
+    try:
+        entries = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{folder / MANIFEST}: {error}") from error
+    for name, digest in entries.items():
+        if not (folder / name).is_file():
+            raise Damaged(f"{folder / name} is missing")
+        if _digest(folder / name) != digest:
+            raise Damaged(f"{folder / name} differs from its checksum")
+
+
+def _abstract(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)

@@ -1,0 +1,205 @@
+"""The command line, the files of configs/, and config.json. What each key may be is in validate.py."""
+
+import difflib
+import hashlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from seqrec_jax.errors import UserError, unknown
+from seqrec_jax.validate import allowed, flatten
+
+ROOT = Path(__file__).resolve().parents[1]
+USAGE = """\
+python -m seqrec_jax.main --config=configs/NAME.py[:DATASET,VARIANT] [--config.key=value ...]
+    --config=FILE        a file of configs/, or the config.json of a run (default: the one in --workdir)
+    --config.key=value   overrides one key; configs/base.py lists and explains them all
+    --workdir=FOLDER     where the run lives; the same command resumes it (default: runs/NAME-HASH)
+    --mode=MODE          train (default), evaluate, recommend
+    --history=ID,ID,...  recommend: the items a user has met, oldest first
+    --k=10               recommend: how many items to name"""
+FLAGS = {"config": "", "workdir": "", "mode": "train", "history": "", "k": "10"}  # name: default
+MODES = ("train", "evaluate", "recommend")
+
+
+class Arguments(NamedTuple):
+    """The command line, understood."""
+
+    config: ConfigDict
+    workdir: Path
+    mode: str
+    history: tuple[str, ...]
+    k: int
+
+
+# Command line ---------------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Reads the command line (without the program's name) and loads the configuration; `validate` comes after it."""
+    if "--help" in argv or "-h" in argv:
+        print(USAGE)
+        raise SystemExit(0)
+    given = _flags(argv)
+    flags = FLAGS | {name: text for name, text in given.items() if name in FLAGS}
+    overrides = [(name.removeprefix("config."), text) for name, text in given.items() if name not in FLAGS]
+
+    history = tuple(part.strip() for part in flags["history"].split(",") if part.strip())
+    if flags["mode"] not in MODES:
+        raise unknown("--mode", flags["mode"], MODES)
+    if flags["mode"] == "recommend" and not history:
+        raise UserError("--mode=recommend needs --history=ID,ID,... (the items a user has met, oldest first)")
+    if flags["mode"] != "recommend" and given.keys() & {"history", "k"}:
+        raise UserError(f"--history and --k belong to --mode=recommend, but the mode is {flags['mode']}")
+    if not flags["k"].isdecimal() or int(flags["k"]) < 1:
+        raise UserError(f"--k={flags['k']} is out of range; allowed: a whole number in [1, inf)")
+
+    workdir = Path(flags["workdir"]).expanduser() if flags["workdir"] else None
+    source = flags["config"]
+    if not source and workdir and (workdir / "config.json").is_file():
+        source = str(workdir / "config.json")
+    if not source:
+        raise UserError("--config is missing, as in --config=configs/cl4srec.py (--help shows all flags)")
+    config = load(source, overrides)
+    return Arguments(config, workdir or default_workdir(config), flags["mode"], history, int(flags["k"]))
+
+
+def _flags(argv: Sequence[str]) -> dict[str, str]:
+    """`--name=text` and `--name text` as {name: text}; refuses what is unknown, repeated or has no dashes."""
+    known = [*FLAGS, *(f"config.{key}" for key in flatten(_base()))]
+    given: dict[str, str] = {}
+    words = iter(argv)
+    for word in words:
+        name, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            hint = _nearest(name, known, "--")
+            raise UserError(f"'{word}' is not a flag: overrides start with --config. (two dashes).{hint}")
+        if name not in known:
+            hint = _nearest(name, known, "--")
+            raise UserError(f"--{name} is unknown.{hint} --help shows the flags, configs/base.py every key")
+        if not equals:
+            text = next(words, "--")
+            if text.startswith("--"):
+                raise UserError(f"--{name} needs a value, as in --{name}=VALUE")
+        if name in given:
+            raise UserError(f"--{name} is given twice: {given[name]} and {text}")
+        given[name] = text
+    return given
+
+
+# Loading and saving ---------------------------------------------------------------------------------------------------
+
+
+def load(path_and_argument: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
+    """The locked config of `configs/NAME.py:ARGUMENT` or of a run's config.json, with overrides (dotted key, text)."""
+    name, colon, argument = path_and_argument.partition(":")
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise unknown("the configuration file", name, sorted(map(str, path.parent.glob("*.py"))))
+    if colon and path.suffix == ".json":
+        raise UserError(f"{path}: a config.json takes no argument after the colon, got '{argument}'")
+    try:
+        config = from_json(path.read_text()) if path.suffix == ".json" else _typed(_import(path).get_config(argument))
+    # What a configuration file can get wrong, in Python's or ConfigDict's words.
+    except (UserError, ValueError, TypeError, AttributeError, KeyError, ImportError, NameError, SyntaxError) as error:
+        raise UserError(f"{path}: {error}") from error
+    values = flatten(config)
+    for key, text in overrides:
+        _check_key(key, values)
+        values[key] = _parse(key, values[key], text)
+    return _typed(values)
+
+
+def to_json(config: ConfigDict) -> str:
+    """Sorted, indented JSON."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """The locked config `to_json` wrote. A key that is newer than the file takes its default of configs/base.py."""
+    return _typed(json.loads(text))
+
+
+def save(config: ConfigDict, path: Path) -> None:
+    """Writes config.json; a reader sees the old file or the new one, never a part."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(to_json(config))
+    os.replace(part, path)
+
+
+def config_hash(config: ConfigDict) -> str:
+    """64 hexadecimal digits; equal configs, equal hashes."""
+    return hashlib.sha256(to_json(config).encode()).hexdigest()
+
+
+def default_workdir(config: ConfigDict) -> Path:
+    """runs/NAME[-DATASET]-HASH"""
+    return Path("runs", "-".join(filter(None, (config.name, config.data.name, config_hash(config)[:8]))))
+
+
+def _import(path: Path) -> ModuleType:
+    """Runs a configuration file; wherever it lies, `from configs import base` finds ours."""
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(ROOT))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT))
+    return module
+
+
+def _base() -> ConfigDict:
+    return _import(ROOT / "configs" / "base.py").get_config()
+
+
+def _typed(values: Mapping[str, Any] | ConfigDict) -> ConfigDict:
+    """The locked base config with `values` (nested, or with dotted keys), each of its default's type."""
+    config = _base()
+    defaults = flatten(config)
+    for key, value in flatten(values).items():
+        _check_key(key, defaults)
+        default = defaults[key]
+        if isinstance(value, list):
+            value = tuple(value)
+        if isinstance(default, float) and type(value) is int:
+            value = float(value)
+        if type(value) is not type(default):
+            raise UserError(f"{key}={value} has the wrong type; allowed: {allowed(key, default)}")
+        group, _, name = key.rpartition(".")
+        (config[group] if group else config)[name] = value
+    return config.lock()
+
+
+def _parse(key: str, default: Any, text: str) -> Any:
+    """`text` as a value of the default's type."""
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if isinstance(default, tuple):
+            kind = type(default[0]) if default else str
+            return tuple(kind(part.strip()) for part in text.split(",")) if text.strip() else ()
+        return type(default)(text)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{key}={text} has the wrong type; allowed: {allowed(key, default)}") from error
+
+
+def _check_key(key: str, known: Iterable[str]) -> None:
+    if key not in known:
+        raise UserError(f"unknown key {key}.{_nearest(key, known)} configs/base.py lists every key")
+
+
+def _nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """" Did you mean ...?" with the known words whose last part is most like that of `word`; "" where none is."""
+    last = {name: name.rpartition(".")[2] for name in known}
+    tails = difflib.get_close_matches(word.rpartition(".")[2], last.values(), n=1, cutoff=0.7)
+    words = [name for name in last if last[name] in tails] or difflib.get_close_matches(word, last, n=1)
+    words = [word] if word in last else words
+    return f" Did you mean {' or '.join(prefix + name for name in words)}?" if words else ""

@@ -1,0 +1,303 @@
+"""batch_at(data, layout, seed, step): a pure function on the device, so the state of the data is the step number.
+
+Examples (pieces of histories) are packed into rows of `max_length` columns once, from the multiset of their lengths;
+every epoch permutes the examples among slots of equal length and deals the rows to the steps anew.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from seqrec_jax.data.dataset import SequenceDataset
+
+
+@struct.dataclass
+class Batch:
+    """Histories in rows. Empty user slots have users_U = -1 and length_U = 0; every mean is masked by them."""
+
+    items_RxL: jax.Array  # 0 = padding
+    segments_RxL: jax.Array  # 0 = padding, else 1 + index into the U axis of the history the cell belongs to
+    positions_RxL: jax.Array  # position ids
+    targets_RxL: jax.Array  # item to predict at this cell, 0 = none
+    users_U: jax.Array
+    start_U: jax.Array  # first input in the data's items_A
+    length_U: jax.Array
+    row_U: jax.Array
+    column_U: jax.Array  # the history occupies columns column_U .. column_U + length_U - 1 of its row
+
+    @property
+    def last_U(self) -> jax.Array:
+        """Flat index, into [R * L], of each history's last cell (0 for empty slots)."""
+        width = self.items_RxL.shape[1]
+        return self.row_U * width + jnp.maximum(self.column_U + self.length_U - 1, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Pieces of histories: inputs items_A[start : start + length], the target after input i is items_A[start + i + 1]."""
+
+    start_E: np.ndarray  # int32
+    length_E: np.ndarray  # int32, 1..max_length
+    user_E: np.ndarray  # int32
+    dropped_targets: int = 0  # targets that `targets=all` leaves out because they are older than max_length
+
+
+def train_lengths(dataset: SequenceDataset) -> np.ndarray:
+    """Length of each user's training part: all but the last two items; everything for users with fewer than 3 items."""
+    lengths_U = np.diff(dataset.offsets_U1)
+    return np.where(lengths_U >= 3, lengths_U - 2, lengths_U)
+
+
+def train_examples(dataset: SequenceDataset, targets: str, max_length: int) -> Examples:
+    """The training examples of `train.targets`: all, windows or prefix (see configs/base.py)."""
+    offset_U, inputs_U = dataset.offsets_U1[:-1], train_lengths(dataset) - 1  # the last training item is only a target
+    inputs_U = np.maximum(inputs_U, 0)
+    users_U = np.arange(len(inputs_U))
+    if targets == "all":
+        length_U = np.minimum(inputs_U, max_length)
+        keep = length_U > 0
+        start_U = offset_U + inputs_U - length_U
+        return _examples(start_U[keep], length_U[keep], users_U[keep], int((inputs_U - length_U).sum()))
+    pieces_U = inputs_U if targets == "prefix" else -(-inputs_U // max_length)
+    user_E = np.repeat(users_U, pieces_U)
+    piece_E = np.arange(len(user_E)) - np.repeat(np.cumsum(pieces_U) - pieces_U, pieces_U)
+    if targets == "prefix":  # piece p ends with input p
+        end_E = piece_E + 1
+        begin_E = np.maximum(end_E - max_length, 0)
+    else:  # windows are cut from the end, so that the newest are full
+        end_E = inputs_U[user_E] - piece_E * max_length
+        begin_E = np.maximum(end_E - max_length, 0)
+    return _examples(offset_U[user_E] + begin_E, end_E - begin_E, user_E, 0)
+
+
+def history_examples(dataset: SequenceDataset, held_out: int, max_length: int) -> Examples:
+    """The last `max_length` items before each evaluated user's held-out item (1 = test, 2 = validation)."""
+    lengths_U = np.diff(dataset.offsets_U1)
+    users_E = np.flatnonzero(lengths_U >= 3)
+    inputs_E = lengths_U[users_E] - held_out
+    length_E = np.minimum(inputs_E, max_length)
+    return _examples(dataset.offsets_U1[users_E] + inputs_E - length_E, length_E, users_E, 0)
+
+
+def _examples(start, length, user, dropped) -> Examples:
+    return Examples(start.astype(np.int32), length.astype(np.int32), user.astype(np.int32), dropped)
+
+
+def pack(lengths_E: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Best-fit decreasing on the multiset of lengths. Returns row, column and length of every slot (any order).
+
+    Works on whole groups of equal rows, so its cost depends on `width`, not on the number of examples.
+    """
+    todo_of = np.bincount(lengths_E, minlength=width + 1)
+    free = [np.empty(0, np.int64) for _ in range(width + 1)]  # free[s]: rows with s columns left
+    slots, rows = [], 0
+    for length in range(width, 0, -1):
+        todo = int(todo_of[length])
+        while todo:
+            space = next((s for s in range(length, width + 1) if len(free[s])), None)
+            if space is None:
+                opened = -(-todo // (width // length))
+                free[width] = np.arange(rows, rows + opened)
+                rows, space = rows + opened, width
+            taken, free[space] = free[space][:todo], free[space][todo:]
+            slots.append((taken, np.full(len(taken), width - space), np.full(len(taken), length)))
+            free[space - length] = np.concatenate([free[space - length], taken])
+            todo -= len(taken)
+    row_S, column_S, length_S = (np.concatenate(parts) for parts in zip(*slots, strict=True))
+    return row_S, column_S, length_S
+
+
+@struct.dataclass
+class Layout:
+    """Where examples sit: made once on the host, kept on the device. T steps an epoch, J rows a step.
+
+    Rows are numbered by falling number of slots; step t takes one row from each of J strata of T neighbouring rows, so
+    that every step holds about the same number of histories and the U axis has no slack to speak of.
+    """
+
+    start_E: jax.Array
+    length_E: jax.Array
+    user_E: jax.Array
+    class_E: jax.Array  # examples of one class may change places: their length if packed, else one class
+    first_R1: jax.Array  # row r holds slots first_R1[r] .. first_R1[r + 1] - 1
+    rank_S: jax.Array  # slot s takes the example at this rank of the order by class
+    column_S: jax.Array
+    row_U: jax.Array  # U axis: row of the step
+    nth_U: jax.Array  # U axis: which slot of that row
+    steps: int = struct.field(pytree_node=False)
+    rows: int = struct.field(pytree_node=False)
+    width: int = struct.field(pytree_node=False)
+    last_target_only: bool = struct.field(pytree_node=False)
+    positions: str = struct.field(pytree_node=False)
+
+
+def make_layout(
+    examples: Examples,
+    batch_size: int,
+    width: int,
+    *,
+    positions: str = "left",
+    packed: bool = True,
+    last_target_only: bool = False,
+    row_multiple: int = 1,
+) -> Layout:
+    """Packs `examples` into rows of `width` and deals about `batch_size` of them to a step.
+
+    `row_multiple`: devices that share the rows; it appends empty rows, which changes no draw and no value.
+    """
+    count = len(examples.length_E)
+    if packed:
+        row_S, column_S, length_S = pack(examples.length_E, width)
+        class_E = examples.length_E
+    else:
+        row_S, column_S, length_S = np.arange(count), np.zeros(count, int), np.zeros(count, int)
+        class_E = np.zeros(count, np.int32)
+    slots_R = np.bincount(row_S)
+    by_count = np.argsort(-slots_R, kind="stable")
+    row_S = np.argsort(by_count, kind="stable")[row_S]
+    steps = -(-count // batch_size)
+    rows = -(-len(slots_R) // steps)
+    first_R1 = np.zeros(steps * rows + 1, np.int64)
+    first_R1[1 : len(slots_R) + 1] = slots_R[by_count]
+    first_R1 = np.cumsum(first_R1)
+    in_row_order = np.lexsort((column_S, row_S))
+    rank_S = np.empty(count, np.int64)
+    rank_S[np.argsort(length_S, kind="stable")] = np.arange(count)
+    most_J = np.diff(first_R1).reshape(rows, steps).max(axis=1)  # slots of the fullest row of each stratum
+    row_U = np.repeat(np.arange(rows), most_J)
+    nth_U = np.arange(len(row_U)) - np.repeat(np.cumsum(most_J) - most_J, most_J)
+    int32 = lambda array: jnp.asarray(array, jnp.int32)  # noqa: E731
+    return Layout(
+        start_E=int32(examples.start_E),
+        length_E=int32(examples.length_E),
+        user_E=int32(examples.user_E),
+        class_E=int32(class_E),
+        first_R1=int32(first_R1),
+        rank_S=int32(rank_S[in_row_order]),
+        column_S=int32(column_S[in_row_order]),
+        row_U=int32(row_U),
+        nth_U=int32(nth_U),
+        steps=steps,
+        rows=-(-rows // row_multiple) * row_multiple,
+        width=width,
+        last_target_only=last_target_only,
+        positions=positions,
+    )
+
+
+@struct.dataclass
+class Plan:
+    """One epoch's arrangement."""
+
+    order_E: jax.Array  # example at each rank
+    row_TxJ: jax.Array  # rows of each step
+
+
+def plan_epoch(layout: Layout, key: jax.Array | None) -> Plan:
+    """The arrangement of one epoch; `key` None: the fixed one that evaluation uses."""
+    strata = (layout.first_R1.shape[0] - 1) // layout.steps
+    row_JxT = jnp.arange(strata * layout.steps).reshape(strata, layout.steps)
+    if key is None:
+        order_E = jnp.argsort(layout.class_E, stable=True)
+    else:
+        key_examples, key_rows = jax.random.split(key)
+        order_E = jnp.lexsort((jax.random.bits(key_examples, layout.class_E.shape), layout.class_E))
+        row_JxT = jnp.take_along_axis(row_JxT, jnp.argsort(jax.random.bits(key_rows, row_JxT.shape), axis=1), axis=1)
+    return Plan(order_E=order_E, row_TxJ=row_JxT.T)
+
+
+def batch_of(items_A: jax.Array, layout: Layout, plan: Plan, step_in_epoch: jax.Array) -> Batch:
+    """Gathers one step's batch on the device."""
+    row_J = plan.row_TxJ[step_in_epoch]
+    slot_U = layout.first_R1[row_J][layout.row_U] + layout.nth_U
+    real_U = slot_U < layout.first_R1[row_J + 1][layout.row_U]
+    slot_U = jnp.where(real_U, slot_U, 0)
+    example_U = plan.order_E[layout.rank_S[slot_U]]
+    length_U = jnp.where(real_U, layout.length_E[example_U], 0)
+    return rows_of(
+        items_A,
+        users_U=jnp.where(real_U, layout.user_E[example_U], -1),
+        start_U=layout.start_E[example_U],
+        length_U=length_U,
+        row_U=layout.row_U,
+        column_U=jnp.where(real_U, layout.column_S[slot_U], 0),
+        rows=layout.rows,
+        width=layout.width,
+        last_target_only=layout.last_target_only,
+        positions=layout.positions,
+    )
+
+
+def rows_of(
+    items_A, *, users_U, start_U, length_U, row_U, column_U, rows, width, last_target_only, positions
+) -> Batch:
+    """Writes histories, given by where they start in items_A, into their cells."""
+    segments_RxL, offset_RxL = cells(row_U, column_U, length_U, rows, width)
+    real_RxL = segments_RxL > 0
+    owner_RxL = jnp.maximum(segments_RxL - 1, 0)
+    source_RxL = jnp.where(real_RxL, start_U[owner_RxL] + offset_RxL, 0)
+    length_RxL = length_U[owner_RxL]
+    targeted_RxL = real_RxL & (offset_RxL == length_RxL - 1) if last_target_only else real_RxL
+    return Batch(
+        items_RxL=jnp.where(real_RxL, items_A[source_RxL], 0),
+        segments_RxL=segments_RxL,
+        positions_RxL=position_ids(offset_RxL, length_RxL, width, positions),
+        targets_RxL=jnp.where(targeted_RxL, items_A[jnp.minimum(source_RxL + 1, items_A.shape[0] - 1)], 0),
+        users_U=users_U,
+        start_U=start_U,
+        length_U=length_U,
+        row_U=row_U,
+        column_U=column_U,
+    )
+
+
+def histories_of(items_A: jax.Array, batch: Batch, *, with_target: bool = False) -> tuple[jax.Array, jax.Array]:
+    """The histories of a batch one a line, (items_UxL, length_U); `with_target`: each with its last target behind."""
+    longer = int(with_target)
+    length_U = jnp.where(batch.length_U > 0, batch.length_U + longer, 0)
+    places_L = jnp.arange(batch.items_RxL.shape[1] + longer)
+    inside_UxL = places_L < length_U[:, None]
+    return jnp.where(inside_UxL, items_A[jnp.where(inside_UxL, batch.start_U[:, None] + places_L, 0)], 0), length_U
+
+
+def place(items_UxL: jax.Array, length_U: jax.Array, batch: Batch, positions: str) -> Batch:
+    """Writes other histories, none longer than the batch's own, into the batch's rows; without targets."""
+    rows, width = batch.items_RxL.shape
+    segments_RxL, offset_RxL = cells(batch.row_U, batch.column_U, length_U, rows, width)
+    owner_RxL = jnp.maximum(segments_RxL - 1, 0)
+    return batch.replace(
+        items_RxL=jnp.where(segments_RxL > 0, items_UxL[owner_RxL, offset_RxL], 0),
+        segments_RxL=segments_RxL,
+        positions_RxL=position_ids(offset_RxL, length_U[owner_RxL], width, positions),
+        targets_RxL=jnp.zeros_like(batch.targets_RxL),
+        length_U=length_U,
+    )
+
+
+def cells(row_U, column_U, length_U, rows: int, width: int) -> tuple[jax.Array, jax.Array]:
+    """(segments_RxL, offset_RxL): which history each cell belongs to (0 = none), and its place in that history."""
+    owner_U = jnp.where(length_U > 0, jnp.arange(1, length_U.shape[0] + 1), 0)
+    begun_RxL = jnp.zeros((rows, width), jnp.int32).at[row_U, column_U].max(owner_U)
+    owner_RxL = jax.lax.cummax(begun_RxL, axis=1)
+    offset_RxL = jnp.arange(width) - column_U[jnp.maximum(owner_RxL - 1, 0)]
+    inside_RxL = (owner_RxL > 0) & (offset_RxL < length_U[jnp.maximum(owner_RxL - 1, 0)])
+    return jnp.where(inside_RxL, owner_RxL, 0), jnp.where(inside_RxL, offset_RxL, 0)
+
+
+def position_ids(offset, length, width: int, positions: str) -> jax.Array:
+    """left: the last item of every history has id width - 1, as if padded on the left; right: the first has id 0."""
+    return width - length + offset if positions == "left" else offset
+
+
+def batch_at(items_A: jax.Array, layout: Layout, seed: int, step: jax.Array) -> Batch:
+    """The batch of a step, from nothing but (seed, step). A loop makes the epoch's plan once instead."""
+    plan = plan_epoch(layout, epoch_key(seed, step // layout.steps))
+    return batch_of(items_A, layout, plan, step % layout.steps)
+
+
+def epoch_key(seed: int, epoch: jax.Array) -> jax.Array:
+    """The key that arranges an epoch; training's own draws come from another stream."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), epoch)

@@ -1,0 +1,21 @@
+"""Histories in CSR form: what `prepare` makes and every later stage reads."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceDataset:
+    """All users' histories, oldest item first, on the host.
+
+    Dense item ids are 1..num_items in order of first appearance in the source; 0 is padding. Ids above num_items are
+    special tokens and never occur here. Users are 0..num_users-1 in order of first appearance.
+    """
+
+    items_A: np.ndarray  # [actions] int32, users one after the other
+    offsets_U1: np.ndarray  # [users + 1] int64, user u owns items_A[offsets_U1[u] : offsets_U1[u + 1]]
+    item_ids: np.ndarray  # [items] str: the source's own id of dense id i + 1
+    user_ids: np.ndarray  # [users] str: the source's own id of user u
+    hash: str  # of the source's bytes and the preparation's settings
+    report: dict  # the data report, JSON-ready

@@ -1,0 +1,119 @@
+"""Transformer over packed rows: a batch → hidden_RxLxD. Causal or bidirectional; every published backbone by settings."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from seqrec_jax.data.batches import Batch
+
+HIDE = -1e30  # added to attention scores of hidden cells; finite, so that a fully hidden row stays finite
+
+
+def dropout(key: jax.Array | None, x: jax.Array, rate: jax.Array) -> jax.Array:
+    """Zeroes entries with probability `rate` (a traced scalar) and scales the rest; key None: identity."""
+    if key is None:
+        return x
+    kept = jax.random.uniform(key, x.shape) >= rate
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """Self-attention and feed-forward with residuals (post-, pre- or query-norm)."""
+
+    config: Any  # config.encoder, frozen
+    init: Any
+
+    @nn.compact
+    def __call__(self, x_RxLxD, visible_RxLxL, key, rate):
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        norm = lambda name: nn.LayerNorm(config.norm_epsilon, dtype=jnp.float32, name=name)  # noqa: E731
+        dense = lambda width, name: nn.Dense(width, kernel_init=self.init, dtype=dtype, name=name)  # noqa: E731
+        keys = (None, None, None) if key is None else jax.random.split(key, 3)
+        heads, width = config.heads, config.dim // config.heads
+        rows, length, dim = x_RxLxD.shape
+
+        source = norm("norm_attention")(x_RxLxD) if config.norm in ("pre", "query") else x_RxLxD
+        others = x_RxLxD if config.norm == "query" else source
+        split = lambda x: x.reshape(rows, length, heads, width)  # noqa: E731
+        query, key_, value = (split(dense(dim, n)(s)) for n, s in (("query", source), ("key", others), ("value", others)))
+        scores_RxHxLxL = jnp.einsum("rqhw,rkhw->rhqk", query, key_).astype(jnp.float32) / width**0.5
+        weights = jax.nn.softmax(jnp.where(visible_RxLxL[:, None], scores_RxHxLxL, HIDE)).astype(dtype)
+        mixed = jnp.einsum("rhqk,rkhw->rqhw", dropout(keys[0], weights, rate), value).reshape(rows, length, dim)
+        mixed = dropout(keys[1], dense(dim, "output")(mixed), rate)
+        x_RxLxD = (source if config.norm == "query" else x_RxLxD) + mixed
+        if config.norm == "post":
+            x_RxLxD = norm("norm_attention")(x_RxLxD)
+
+        source = norm("norm_ffn")(x_RxLxD) if config.norm in ("pre", "query") else x_RxLxD
+        activation = jax.nn.relu if config.activation == "relu" else lambda x: jax.nn.gelu(x, approximate=False)
+        inner = activation(dense(config.ffn, "inner")(source))
+        inner = dropout(keys[2], dense(dim, "outer")(inner), rate)
+        x_RxLxD = (source if config.norm == "query" else x_RxLxD) + inner
+        return norm("norm_ffn")(x_RxLxD) if config.norm == "post" else x_RxLxD
+
+
+class Transformer(nn.Module):
+    """Embeddings in, states out; the item table lives outside, because the output is tied to it."""
+
+    config: Any
+    causal: bool = True
+
+    @nn.compact
+    def __call__(self, embedded_RxLxD, positions_RxL, segments_RxL, key, embedding_rate, hidden_rate):
+        config = self.config
+        init = initializer(config)
+        norm = lambda name: nn.LayerNorm(config.norm_epsilon, dtype=jnp.float32, name=name)  # noqa: E731
+        keys = [None] * (config.layers + 1) if key is None else jax.random.split(key, config.layers + 1)
+        positions = self.param("positions", init, (config.max_length, config.dim))
+        x = embedded_RxLxD * (config.dim**0.5 if config.scale_embedding else 1.0) + positions[positions_RxL]
+        x = norm("norm_input")(x) if config.input_norm else x
+        x = dropout(keys[0], x, embedding_rate).astype(config.dtype)
+        visible = (segments_RxL[:, :, None] == segments_RxL[:, None, :]) & (segments_RxL[:, None, :] > 0)
+        if self.causal:
+            visible &= jnp.tril(jnp.ones((visible.shape[1],) * 2, bool))
+        for layer in range(config.layers):
+            x = Block(config, init, name=f"block_{layer}")(x, visible, keys[layer + 1], hidden_rate)
+        x = norm("norm_output")(x) if config.final_norm else x
+        return x.astype(jnp.float32)
+
+
+def initializer(config: ConfigDict):
+    """Normal or truncated normal (within one `init_scale`) for every kernel and table."""
+    if config.init == "normal":
+        return jax.nn.initializers.normal(config.init_scale)
+    scale = config.init_scale
+    return lambda key, shape, dtype=jnp.float32: scale * jax.random.truncated_normal(key, -1.0, 1.0, shape, dtype)
+
+
+def table_rows(num_items: int) -> int:
+    """Rows of the item table: padding, items, the mask token, filled up so that any mesh of up to 64 divides them."""
+    return -(-(num_items + 2) // 64) * 64
+
+
+def init(key: jax.Array, config: ConfigDict, num_items: int, *, causal: bool = True) -> dict:
+    """Parameters {"items": [rows, dim], "encoder": ...}."""
+    key_items, key_encoder = jax.random.split(key)
+    items_VxD = initializer(config)(key_items, (table_rows(num_items), config.dim))
+    zeros = jnp.zeros((1, config.max_length), jnp.int32)
+    embedded = jnp.zeros((1, config.max_length, config.dim))
+    encoder = Transformer(config, causal).init(key_encoder, embedded, zeros, zeros, None, 0.0, 0.0)["params"]
+    return {"items": items_VxD, "encoder": encoder}
+
+
+def encode(
+    params: dict, batch: Batch, config: ConfigDict, key: jax.Array | None, hparams: dict, *, causal: bool = True
+) -> jax.Array:
+    """hidden_RxLxD float32. `key` None: no dropout; hparams holds the two dropout rates."""
+    embedded_RxLxD = params["items"][batch.items_RxL]
+    return Transformer(config, causal).apply(
+        {"params": params["encoder"]}, embedded_RxLxD, batch.positions_RxL, batch.segments_RxL, key,
+        hparams["embedding_dropout"], hparams["hidden_dropout"],
+    )  # fmt: skip
+
+
+def last_states(hidden_RxLxD: jax.Array, batch: Batch) -> jax.Array:
+    """The state at each history's last item: [U, D]."""
+    return hidden_RxLxD.reshape(-1, hidden_RxLxD.shape[-1])[batch.last_U]

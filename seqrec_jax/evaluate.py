@@ -1,0 +1,182 @@
+"""Protocols, and a model's metrics under one: exact for any batch size and device count."""
+
+import dataclasses
+import gzip
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from seqrec_jax import ranking
+from seqrec_jax.data.batches import Batch, Layout, batch_of, history_examples, make_layout, plan_epoch
+from seqrec_jax.data.dataset import SequenceDataset
+from seqrec_jax.errors import UserError
+from seqrec_jax.sharding import replicate, split_rows
+from seqrec_jax.systems import System
+
+HELD_OUT = {"test": 1, "valid": 2}  # how many items from the end
+BLOCK_SCORES = 2**22  # scores held at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How a model is judged. It never changes how it is trained."""
+
+    name: str
+    candidates: str  # all | sampled
+    hide_history: bool
+    metric: str  # the validation metric that selects the checkpoint
+
+    def line(self) -> str:
+        """One line for people, printed with every table."""
+        hidden = "history hidden" if self.hide_history else "history not hidden"
+        pool = f"all items, {hidden}" if self.candidates == "all" else "the target and sampled negatives"
+        return f"protocol {self.name}: {pool}; leave-one-out; checkpoint chosen on validation {self.metric}"
+
+
+PROTOCOLS = {
+    "A": Protocol("A", "all", True, "ndcg@20"),
+    "B": Protocol("B", "all", False, "mrr@10"),
+    "C": Protocol("C", "sampled", False, "mrr"),
+    "D": Protocol("D", "all", True, "ndcg@10"),
+}
+
+
+def protocol_of(config: ConfigDict) -> Protocol:
+    """The protocol of `config.eval`; only `custom` reads the single settings."""
+    if config.eval.protocol != "custom":
+        return PROTOCOLS[config.eval.protocol]
+    evaluation = config.eval
+    hide = evaluation.hide_history != "no"
+    return Protocol("custom", evaluation.candidates or "all", hide, evaluation.metric or "ndcg@10")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluator:
+    """One split of one data set under one protocol, ready on the device."""
+
+    protocol: Protocol
+    layout: Layout
+    arrays: dict  # device arrays: items_A, first_A, offsets_U1, target_U and, when sampled, negatives_UxK
+    num_items: int
+    users: int  # evaluated
+    mesh: Mesh
+    held_out: int
+
+    def __call__(self, system: System, params: dict) -> dict[str, float]:
+        """Metrics over all evaluated users, each counted once."""
+        step = jax.jit(self._step, static_argnums=0)
+        plan = plan_epoch(self.layout, None)
+        parts = [step(system.states, params, self.arrays, self.layout, plan, t) for t in range(self.layout.steps)]
+        users_U, greater_U, tied_U, missed_U = (np.concatenate(part) for part in zip(*jax.device_get(parts), strict=True))
+        real_U = users_U >= 0
+        assert real_U.sum() == self.users and len(np.unique(users_U[real_U])) == self.users
+        return ranking.metrics(greater_U[real_U], tied_U[real_U], missed_U[real_U])
+
+    def _step(self, states, params, arrays, layout, plan, index):
+        batch: Batch = split_rows(self.mesh, batch_of(arrays["items_A"], layout, plan, index))
+        user_U = jnp.maximum(batch.users_U, 0)
+        target_U = arrays["target_U"][user_U]
+        states_UxD = states(params, batch)
+        if self.protocol.candidates == "sampled":
+            counts = ranking.count_better_of(states_UxD, params["items"], target_U, arrays["negatives_UxK"][user_U])
+            return batch.users_U, *counts
+        begin_U = arrays["offsets_U1"][user_U]
+        end_U = arrays["offsets_U1"][user_U + 1] - self.held_out
+        hidden = ranking.Hidden(
+            arrays["items_A"], arrays["first_A"], begin_U, jnp.where(batch.users_U >= 0, end_U, begin_U)
+        )
+        block = max(BLOCK_SCORES // len(target_U), 1024)
+        hidden = hidden if self.protocol.hide_history else None
+        return batch.users_U, *ranking.count_better(states_UxD, params["items"], target_U, self.num_items, hidden, block)
+
+
+def make_evaluator(dataset: SequenceDataset, config: ConfigDict, split: str, mesh: Mesh) -> Evaluator:
+    """The evaluator of `split` (valid or test) under the config's protocol."""
+    protocol, held_out = protocol_of(config), HELD_OUT[split]
+    examples = history_examples(dataset, held_out, config.encoder.max_length)
+    if not len(examples.user_E):
+        raise UserError("no user has 3 items or more, so nothing can be evaluated; see data_report.json")
+    layout = make_layout(
+        examples,
+        config.eval.batch_size,
+        config.encoder.max_length,
+        positions=config.encoder.positions,
+        packed=config.train.packed,
+        row_multiple=mesh.shape["data"],
+    )
+    target_U = np.zeros(len(dataset.user_ids), np.int32)
+    target_U[examples.user_E] = dataset.items_A[dataset.offsets_U1[examples.user_E + 1] - held_out]
+    arrays = {
+        "items_A": dataset.items_A,
+        "first_A": ranking.first_occurrences(dataset.items_A, dataset.offsets_U1),
+        "offsets_U1": dataset.offsets_U1.astype(np.int32),
+        "target_U": target_U,
+    }
+    if protocol.candidates == "sampled":
+        arrays["negatives_UxK"] = negatives_of(dataset, config, examples.user_E)
+    return Evaluator(
+        protocol=protocol,
+        layout=replicate(mesh, layout),
+        arrays=replicate(mesh, arrays),
+        num_items=len(dataset.item_ids),
+        users=len(examples.user_E),
+        mesh=mesh,
+        held_out=held_out,
+    )
+
+
+def negatives_of(dataset: SequenceDataset, config: ConfigDict, users_E: np.ndarray) -> np.ndarray:
+    """[users, K] int32: from `eval.negatives`, or drawn uniformly, without repeats and not in the whole history.
+
+    The same list serves validation and test, as published. Drawn with `eval.negatives_seed`, user by user.
+    """
+    evaluation, num_items = config.eval, len(dataset.item_ids)
+    if evaluation.negatives:
+        return _read_negatives(dataset, Path(evaluation.negatives), users_E)
+    generator = np.random.default_rng(evaluation.negatives_seed)
+    negatives_UxK = np.zeros((len(dataset.user_ids), evaluation.num_negatives), np.int32)
+    for user in users_E:
+        history = dataset.items_A[dataset.offsets_U1[user] : dataset.offsets_U1[user + 1]]
+        wanted = evaluation.num_negatives
+        if num_items - len(np.unique(history)) < wanted:
+            raise UserError(
+                f"user {dataset.user_ids[user]} leaves fewer than {wanted} items to draw negatives from; "
+                f"lower config.eval.num_negatives"
+            )
+        drawn = np.empty(0, np.int64)
+        while len(drawn) < wanted:
+            more = np.concatenate([drawn, generator.integers(1, num_items + 1, 2 * wanted)])
+            _, first = np.unique(more, return_index=True)
+            drawn = more[np.sort(first)]
+            drawn = drawn[~np.isin(drawn, history)]
+        negatives_UxK[user] = drawn[:wanted]
+    return negatives_UxK
+
+
+def _read_negatives(dataset: SequenceDataset, path: Path, users_E: np.ndarray) -> np.ndarray:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file (config.eval.negatives)")
+    dense = {item: index + 1 for index, item in enumerate(dataset.item_ids.tolist())}
+    rows = {}
+    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
+    with opened as lines:
+        for number, line in enumerate(lines, 1):
+            user, *items = line.split() or [None]
+            unknown = [item for item in items if item not in dense]
+            if unknown:
+                raise UserError(f"{path}:{number}: negative item {unknown[0]} is not in the data")
+            rows[user] = [dense[item] for item in items]
+    missing = [user for user in dataset.user_ids[users_E] if user not in rows]
+    if missing:
+        raise UserError(f"{path}: no negatives for user {missing[0]} ({len(missing)} users are missing)")
+    widths = {len(rows[user]) for user in dataset.user_ids[users_E]}
+    if len(widths) != 1:
+        raise UserError(f"{path}: users have different numbers of negatives ({min(widths)} to {max(widths)})")
+    negatives_UxK = np.zeros((len(dataset.user_ids), widths.pop()), np.int32)
+    for user in users_E:
+        negatives_UxK[user] = rows[dataset.user_ids[user]]
+    return negatives_UxK

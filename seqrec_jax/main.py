@@ -1,0 +1,70 @@
+"""python -m seqrec_jax.main --config=configs/cl4srec.py [--config.key=value ...] [--workdir=FOLDER] [--mode=train]
+
+Exit codes: 0 done; 1 the run failed; 2 bad configuration or data; 75 stopped by a signal after saving, run the same
+command to continue.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from seqrec_jax.config import parse_arguments
+from seqrec_jax.errors import RunFailed, UserError
+
+STOPPED = 75
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one mode and returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells much
+    try:
+        return run(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+
+
+def run(argv: Sequence[str]) -> int:
+    """Understands the command line before it loads anything heavy, then dispatches."""
+    arguments = parse_arguments(argv)
+    config, workdir = arguments.config, arguments.workdir
+
+    import jax
+
+    from seqrec_jax import run as runs
+    from seqrec_jax.recommend import load
+    from seqrec_jax.train import Stopped, stop_on_signals
+    from seqrec_jax.validate import validate
+
+    if config.mesh.distributed:
+        jax.distributed.initialize()
+    validate(config, jax.device_count())
+    cache = runs.cache_dir(config, workdir) / "programs"
+    jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if arguments.mode == "evaluate":
+        runs.evaluate(config, workdir)
+    elif arguments.mode == "recommend":
+        found = load(workdir).recommend([arguments.history], arguments.k)
+        for item, score in zip(found.items[0], found.scores[0], strict=True):
+            print(f"{item}\t{score:.6f}")
+        if found.unknown[0]:
+            print(f"unknown items, left out: {', '.join(found.unknown[0])}", file=sys.stderr)
+    else:
+        with stop_on_signals() as stop:
+            try:
+                print(f"workdir {workdir}")
+                runs.train_and_evaluate(config, workdir, stop)
+            except Stopped as stopped:
+                print(stopped, file=sys.stderr)
+                return STOPPED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,28 @@
+"""Adam with schedule, decoupled weight decay and clipping. All its numbers are traced."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def schedule(name: str, step: jax.Array, total_steps: int, warmup_steps: int) -> jax.Array:
+    """Factor on the learning rate: constant, linear (1 → 0) or cosine (linear warm-up, then 1 → 0)."""
+    warm = jnp.minimum((step + 1) / max(warmup_steps, 1), 1.0) if warmup_steps else 1.0
+    progress = jnp.clip((step - warmup_steps) / max(total_steps - warmup_steps, 1), 0.0, 1.0)
+    falling = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress))}[name]
+    return warm * falling
+
+
+def adam(hparams: dict, rate: jax.Array, *, decays: bool, clips: bool) -> optax.GradientTransformation:
+    """Adam (AdamW where `decays`) at the learning rate `rate`, on gradients clipped to hparams["clip_norm"]."""
+    return optax.chain(
+        optax.clip_by_global_norm(hparams["clip_norm"]) if clips else optax.identity(),
+        optax.scale_by_adam(b1=hparams["beta1"], b2=hparams["beta2"]),
+        optax.add_decayed_weights(hparams["weight_decay"], mask=decayed) if decays else optax.identity(),
+        optax.scale(-rate),
+    )
+
+
+def decayed(params) -> dict:
+    """True for the kernels of linear maps; biases, norms, positions and the item table are not decayed."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", "") == "kernel", params)

@@ -1,0 +1,140 @@
+"""Exact ranks over the whole catalogue in blocks of items, and the metrics that follow from them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+CUTOFFS = (1, 5, 10, 20)
+
+
+@struct.dataclass
+class Hidden:
+    """Items each user must not be recommended: items_A[begin : end], those with first_A counting once."""
+
+    items_A: jax.Array
+    first_A: jax.Array  # True where the item occurs for the first time in its user's history
+    begin_U: jax.Array
+    end_U: jax.Array
+
+
+def first_occurrences(items_A: np.ndarray, offsets_U1: np.ndarray) -> np.ndarray:
+    """[actions] bool: the item has not occurred before in the same user's history."""
+    user_A = np.repeat(np.arange(len(offsets_U1) - 1), np.diff(offsets_U1))
+    order = np.lexsort((items_A, user_A))  # stable: equal pairs stay in time order
+    again = (np.diff(items_A[order]) == 0) & (np.diff(user_A[order]) == 0)
+    first_A = np.ones(len(items_A), bool)
+    first_A[order[1:][again]] = False
+    return first_A
+
+
+def count_better(
+    states_UxD: jax.Array, items_VxD: jax.Array, targets_U: jax.Array, num_items: int, hidden: Hidden | None, block: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(greater_U, tied_U, missed_U): candidates that score above the target, that tie with it, and whether the target
+    is itself hidden. Candidates are items 1..num_items without the target and the hidden ones.
+
+    Items come in blocks of `block`, so the largest array is [U, block]; the target's score and those of the hidden
+    items are read from the same products as the others, so ties are exact. NaN counts as above: it never helps.
+    """
+    rows = items_VxD.shape[0]
+    block = min(block, rows)
+    blocks = -(-rows // block)
+    users = jnp.arange(states_UxD.shape[0])
+
+    def scores_of(index):
+        """Block `index`: (its first row, scores [U, block], which of its columns are its own items)."""
+        begin = jnp.minimum(index * block, rows - block)  # the last block overlaps the one before
+        part = jax.lax.dynamic_slice_in_dim(items_VxD, begin, block)
+        scores = jnp.matmul(states_UxD, part.T, precision=jax.lax.Precision.HIGHEST)
+        ids = begin + jnp.arange(block)
+        return begin, scores, (ids >= index * block) & (ids >= 1) & (ids <= num_items)
+
+    def target_score(index, score_U):
+        begin, scores, own = scores_of(index)
+        column = targets_U - begin
+        inside = (column >= 0) & (column < block)
+        inside &= own[jnp.clip(column, 0, block - 1)]
+        return jnp.where(inside, scores[users, jnp.clip(column, 0, block - 1)], score_U)
+
+    def count(index, sums):
+        greater, tied = sums
+        begin, scores, own = scores_of(index)
+        candidates = own & (begin + jnp.arange(block) != targets_U[:, None])
+        greater += (candidates & ~(scores <= score_U[:, None])).sum(axis=1)
+        tied += (candidates & (scores == score_U[:, None])).sum(axis=1)
+        if hidden is None:
+            return greater, tied
+
+        def without_hidden(piece, sums):
+            greater, tied = sums
+            item, real = _hidden_piece(hidden, piece)
+            column = item - begin
+            real &= (column >= 0) & (column < block) & (item != targets_U[:, None])
+            real &= own[jnp.clip(column, 0, block - 1)]
+            score = scores[users[:, None], jnp.clip(column, 0, block - 1)]
+            greater -= (real & ~(score <= score_U[:, None])).sum(axis=1)
+            return greater, tied - (real & (score == score_U[:, None])).sum(axis=1)
+
+        return jax.lax.fori_loop(0, pieces, without_hidden, (greater, tied))
+
+    pieces = 0 if hidden is None else _pieces(hidden)
+    zeros = jnp.zeros(states_UxD.shape[0], jnp.int32)
+    if blocks == 1:  # one product serves both
+        score_U = scores_of(0)[1][users, targets_U]
+        greater_U, tied_U = count(0, (zeros, zeros))
+    else:
+        score_U = jax.lax.fori_loop(0, blocks, target_score, jnp.zeros(states_UxD.shape[0]))
+        greater_U, tied_U = jax.lax.fori_loop(0, blocks, count, (zeros, zeros))
+    return greater_U, tied_U, zeros > 0 if hidden is None else _is_hidden(targets_U, hidden)
+
+
+PIECE = 64  # history items looked at at once
+
+
+def _pieces(hidden: Hidden) -> jax.Array:
+    return -(-jnp.max(hidden.end_U - hidden.begin_U) // PIECE)
+
+
+def _hidden_piece(hidden: Hidden, piece: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """PIECE items of every user's history: (items [U, PIECE], which are real and first occurrences)."""
+    place = hidden.begin_U[:, None] + piece * PIECE + jnp.arange(PIECE)
+    inside = place < hidden.end_U[:, None]
+    place = jnp.where(inside, place, 0)
+    return hidden.items_A[place], inside & hidden.first_A[place]
+
+
+def _is_hidden(targets_U: jax.Array, hidden: Hidden) -> jax.Array:
+    def look(piece, found):
+        item, real = _hidden_piece(hidden, piece)
+        return found | (real & (item == targets_U[:, None])).any(axis=1)
+
+    return jax.lax.fori_loop(0, _pieces(hidden), look, jnp.zeros(targets_U.shape, bool))
+
+
+def count_better_of(states_UxD: jax.Array, items_VxD: jax.Array, targets_U: jax.Array, negatives_UxK: jax.Array):
+    """count_better where the candidates are the target and K given negatives."""
+    candidates = jnp.concatenate([targets_U[:, None], negatives_UxK], axis=1)
+    scores = jnp.einsum("ud,ukd->uk", states_UxD, items_VxD[candidates], precision=jax.lax.Precision.HIGHEST)
+    greater_U = (~(scores[:, 1:] <= scores[:, :1])).sum(axis=1)
+    tied_U = (scores[:, 1:] == scores[:, :1]).sum(axis=1)
+    return greater_U, tied_U, jnp.zeros(targets_U.shape, bool)
+
+
+def metrics(greater_U: np.ndarray, tied_U: np.ndarray, missed_U: np.ndarray) -> dict[str, float]:
+    """hr@k, ndcg@k, mrr@k at CUTOFFS and mrr, in float64: each the mean over a random order of the ties.
+
+    With g candidates above and e tied, the rank is uniform on g + 1 .. g + e + 1. A missed target scores 0.
+    """
+    greater_U, tied_U = greater_U.astype(np.int64), tied_U.astype(np.int64)
+    last = int((greater_U + tied_U).max(initial=0)) + 1
+    ranks = np.arange(1, max(last, max(CUTOFFS)) + 1)
+    gains = {"ndcg": np.cumsum(1 / np.log2(ranks + 1)), "mrr": np.cumsum(1 / ranks), "hr": ranks.astype(np.float64)}
+
+    def mean_over_ties(name, cutoff):
+        total = np.concatenate([[0.0], gains[name]])  # sum of gains of ranks 1..i
+        high, low = np.minimum(greater_U + tied_U + 1, cutoff), np.minimum(greater_U, cutoff)
+        return float(np.mean(np.where(missed_U, 0.0, (total[high] - total[low]) / (tied_U + 1))))
+
+    result = {f"{name}@{k}": mean_over_ties(name, k) for name in ("hr", "ndcg", "mrr") for k in CUTOFFS}
+    return result | {"mrr": mean_over_ties("mrr", len(ranks))}

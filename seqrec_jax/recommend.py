@@ -1,0 +1,114 @@
+"""Top-k items for histories never seen, from a checkpoint alone."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqrec_jax import checkpoint, systems
+from seqrec_jax import config as configuration
+from seqrec_jax.data.batches import rows_of
+from seqrec_jax.data.dataset import SequenceDataset
+from seqrec_jax.errors import UserError
+from seqrec_jax.sharding import make_mesh
+
+GROUP = 64  # histories scored at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommendations:
+    """For each history: items in the users' own ids, best first, and their scores; and the ids nobody knew."""
+
+    items: list[list[str]]
+    scores: list[list[float]]
+    unknown: list[list[str]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recommender:
+    """A trained model with its vocabulary."""
+
+    system: systems.System
+    params: dict
+    item_ids: np.ndarray
+    max_length: int
+    positions: str
+
+    def recommend(
+        self, histories: Sequence[Sequence[str]], k: int = 10, *, hide_history: bool = True
+    ) -> Recommendations:
+        """The k best items for each history (the items' own ids, oldest first), equal scores by lower id.
+
+        Unknown ids are left out and reported. The ranking is that of the evaluation. Raises UserError if a history
+        has no known item, or fewer than k items remain.
+        """
+        dense = {item: row for row, item in enumerate(self.item_ids.tolist(), 1)}
+        known = [[dense[str(item)] for item in history if str(item) in dense] for history in histories]
+        for number, (history, items) in enumerate(zip(histories, known, strict=True), 1):
+            if not items:
+                raise UserError(f"history {number} ({', '.join(map(str, history))}) has no item this model knows")
+            left = len(self.item_ids) - (len(set(items)) if hide_history else 0)
+            if not 1 <= k <= left:
+                raise UserError(f"k={k} is out of range for history {number}; allowed: 1 to {left}")
+        score = jax.jit(self._scores)
+        result = Recommendations([], [], [])
+        for begin in range(0, len(known), GROUP):
+            group = known[begin : begin + GROUP]
+            scores_UxV = np.array(score(*self._flat(group)))[: len(group)]
+            for items, scores_V in zip(group, scores_UxV, strict=True):
+                scores_V[0] = scores_V[len(self.item_ids) + 1 :] = -np.inf
+                if hide_history:
+                    scores_V[items] = -np.inf
+                best = np.argsort(-scores_V, kind="stable")[:k]
+                result.items.append(self.item_ids[best - 1].tolist())
+                result.scores.append(scores_V[best].tolist())
+        unknown = ([str(item) for item in history if str(item) not in dense] for history in histories)
+        result.unknown.extend(unknown)
+        return result
+
+    def _flat(self, group: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """The last max_length items of GROUP histories one after the other, each in max_length places; lengths."""
+        items = np.zeros((GROUP, self.max_length), np.int32)
+        lengths = np.zeros(GROUP, np.int32)
+        for row, history in enumerate(group):
+            recent = history[-self.max_length :]
+            items[row, : len(recent)], lengths[row] = recent, len(recent)
+        return items.reshape(-1), lengths
+
+    def _scores(self, items_A, length_U):
+        rows = jnp.arange(GROUP)
+        batch = rows_of(
+            items_A,
+            users_U=rows,
+            start_U=rows * self.max_length,
+            length_U=length_U,
+            row_U=rows,
+            column_U=jnp.zeros(GROUP, jnp.int32),
+            rows=GROUP,
+            width=self.max_length,
+            last_target_only=False,
+            positions=self.positions,
+        )
+        return jnp.matmul(
+            self.system.states(self.params, batch), self.params["items"].T, precision=jax.lax.Precision.HIGHEST
+        )
+
+
+def load(workdir: str | Path) -> Recommender:
+    """The best model of `workdir`, from its checkpoint alone (no data file)."""
+    workdir = Path(workdir).expanduser()
+    store, step, meta = checkpoint.best_checkpoint(workdir)
+    config = configuration.from_json(json.dumps(meta["config"]))
+    mesh = make_mesh(1, 1)
+    with config.unlocked():
+        config.loss.next_item = "full"  # nothing is trained here, so no negatives are prepared
+    vocabulary = SequenceDataset(
+        np.zeros(0, np.int32), np.zeros(1, np.int64), np.array(meta["items"]), np.array([], str), meta["dataset_hash"], {}
+    )
+    system = systems.build(config, vocabulary, mesh)
+    params = checkpoint.restore_params(store, step, mesh)
+    return Recommender(system, params, vocabulary.item_ids, config.encoder.max_length, config.encoder.positions)

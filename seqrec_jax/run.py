@@ -1,0 +1,133 @@
+"""A whole run: data → training → the best checkpoint's metrics → baselines → results.json, table and plots."""
+
+import logging
+import threading
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from seqrec_jax import checkpoint, report, systems
+from seqrec_jax.data import batches
+from seqrec_jax.data.dataset import SequenceDataset
+from seqrec_jax.data.prepare import prepare, print_report
+from seqrec_jax.evaluate import make_evaluator, protocol_of
+from seqrec_jax.sharding import make_mesh
+from seqrec_jax.train import train
+from seqrec_jax.workdir import locked, settle_config, write_json
+
+log = logging.getLogger(__name__)
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path, stop: threading.Event) -> dict:
+    """Trains (or resumes) in `workdir`, evaluates the best checkpoint, runs the baselines; returns results.json."""
+    with locked(workdir):
+        settle_config(workdir, config)
+        mesh = make_mesh(config.mesh.data, config.mesh.model)
+        dataset = prepare(config.data, cache_dir(config, workdir))
+        layout, dropped = train_layout(config, dataset, mesh)
+        data_report = dataset.report | {"targets_dropped": dropped}
+        write_json(workdir / "data_report.json", data_report)
+        print_report(data_report)
+        results = _results(config, workdir, dataset, layout, mesh, stop)
+        for name in config.report.baselines:
+            results["baselines"][name] = _baseline(config, workdir, name, dataset, layout, mesh, stop)
+        write_json(workdir / "results.json", results)
+        print(report.table(results))
+        report.plots(workdir, results)
+        return results
+
+
+def evaluate(config: ConfigDict, workdir: Path) -> dict:
+    """Metrics of the best checkpoint of `workdir` under the protocol of `config`; the data file is read again."""
+    mesh = make_mesh(config.mesh.data, config.mesh.model)
+    store, step, meta = checkpoint.best_checkpoint(workdir)
+    dataset = prepare(config.data, cache_dir(config, workdir))
+    checkpoint.check_data(meta, dataset, workdir)
+    system = systems.build(config, dataset, mesh)
+    params = checkpoint.restore_params(store, step, mesh)
+    results = _header(config, dataset) | _metrics(config, dataset, system, params, mesh) | {"best_step": step}
+    write_json(workdir / f"results_{config.eval.protocol}.json", results)
+    print(report.table(results))
+    return results
+
+
+def train_layout(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> tuple[batches.Layout, int]:
+    """The training examples of `train.targets` in rows, and how many targets were dropped."""
+    train, encoder = config.train, config.encoder
+    examples = batches.train_examples(dataset, train.targets, encoder.max_length)
+    layout = batches.make_layout(
+        examples,
+        train.batch_size,
+        encoder.max_length,
+        positions=encoder.positions,
+        packed=train.packed,
+        last_target_only=train.targets == "prefix",
+        row_multiple=mesh.shape["data"],
+    )
+    return layout, examples.dropped_targets
+
+
+def cache_dir(config: ConfigDict, workdir: Path) -> Path:
+    """Where prepared data and compiled programs are kept."""
+    return Path(config.data.cache_dir).expanduser() if config.data.cache_dir else workdir.parent / ".cache"
+
+
+def _results(config, workdir, dataset, layout, mesh, stop) -> dict:
+    system = systems.build(config, dataset, mesh)
+    results = _header(config, dataset)
+    if system.loss is None:
+        params = system.init(jax.random.key(config.seed))
+        return results | _metrics(config, dataset, system, params, mesh) | {"steps": 0, "train_seconds": 0.0}
+    validate = make_evaluator(dataset, config, "valid", mesh)
+    state, progress, parent = train(config, workdir, dataset, system, layout, validate, mesh, stop)
+    store = checkpoint.open_store(workdir, create=False)
+    params = checkpoint.restore_params(store, progress.best_step, mesh)
+    test = make_evaluator(dataset, config, "test", mesh)(system, params)
+    return results | {
+        "test": test,
+        "valid": progress.best_metrics,
+        "steps": int(state.step),
+        "best_step": progress.best_step,
+        "train_seconds": progress.train_seconds,
+        "parent": parent,
+    }
+
+
+def _header(config, dataset) -> dict:
+    report_ = dataset.report
+    return {
+        "system": config.system,
+        "protocol": config.eval.protocol,
+        "protocol_line": protocol_of(config).line(),
+        "dataset": {
+            "name": config.data.name or Path(config.data.path or "synthetic").name,
+            "hash": dataset.hash,
+            **{key: report_[key] for key in ("users", "items", "actions")},
+        },
+        "loss": config.loss.next_item,
+        "targets": config.train.targets,
+        "seed": config.seed,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "baselines": {},
+    }
+
+
+def _metrics(config, dataset, system, params, mesh) -> dict:
+    return {
+        split: make_evaluator(dataset, config, split, mesh)(system, params) for split in ("test", "valid")
+    }
+
+
+def _baseline(config, workdir, name, dataset, layout, mesh, stop) -> dict:
+    """The same loss, data, budget and seed with another system, in a workdir of its own inside this one."""
+    other = config.copy_and_resolve_references()
+    with other.unlocked():
+        other.system, other.name, other.init_from, other.report.baselines = name, name, "", ()
+    folder = workdir / "baselines" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    settle_config(folder, other)
+    results = _results(other, folder, dataset, layout, mesh, stop)
+    write_json(folder / "results.json", results)
+    return {key: results[key] for key in ("test", "valid", "steps", "train_seconds")}

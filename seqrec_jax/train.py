@@ -1,0 +1,202 @@
+"""The training loop: dispatch, log, validate, checkpoint, stop, resume."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from seqrec_jax import checkpoint
+from seqrec_jax.data.batches import Layout, epoch_key, plan_epoch
+from seqrec_jax.data.dataset import SequenceDataset
+from seqrec_jax.errors import RunFailed
+from seqrec_jax.evaluate import Evaluator
+from seqrec_jax.sharding import replicate
+from seqrec_jax.systems import System, hparams_of
+from seqrec_jax.train_step import NO_STEP, TrainState, init_state, make_train_steps
+from seqrec_jax.workdir import Log
+
+log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """The run was asked to stop, has saved, and continues with the same command."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """What the loop remembers besides the train state; saved with every checkpoint."""
+
+    best_step: int = 0
+    best_value: float | None = None  # of the protocol's metric on validation
+    best_metrics: dict = dataclasses.field(default_factory=dict)
+    waiting: int = 0  # validations since the best
+    train_seconds: float = 0.0
+    validated_step: int = -1
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM or SIGINT sets; a second signal ends the process at once (no checkpoint is harmed)."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def on_signal(number, frame):
+        asked.set()
+        log.warning("%s: stopping after the steps under way", signal.Signals(number).name)
+        for name in before:
+            signal.signal(name, signal.SIG_DFL)
+
+    before = {name: signal.signal(name, on_signal) for name in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    dataset: SequenceDataset,
+    system: System,
+    layout: Layout,
+    validate: Evaluator,
+    mesh: Mesh,
+    stop: threading.Event,
+) -> tuple[TrainState, Progress, dict]:
+    """Trains until a bound or patience ends it; resumes from `workdir`. Returns (last state, progress, provenance).
+
+    Raises Stopped when `stop` is set (after saving) and RunFailed on a loss or gradient that is not finite.
+    """
+    hparams, total = hparams_of(config), total_steps(config, layout)
+    store = checkpoint.open_store(workdir, create=True)
+    state, progress, parent = _begin(config, dataset, system, hparams, store, mesh)
+    step = int(state.step)
+    train_steps = make_train_steps(system, config, mesh, total)
+    plan_of = jax.jit(plan_epoch)
+    layout, data = replicate(mesh, layout), replicate(mesh, system.data)
+    eval_every = config.eval.every or layout.steps
+    save_every = config.train.save_every or eval_every
+    plan, plan_epoch_number = None, -1
+    lines = Log(workdir, step)
+    bar = tqdm(total=total, initial=step, unit="step", desc=config.name, disable=jax.process_index() > 0, smoothing=0.05)
+
+    def save():
+        meta = dataclasses.asdict(progress) | _identity(config, dataset, validate, parent)
+        checkpoint.save(store, state, meta)
+
+    with contextlib.closing(lines), bar:
+        while True:
+            done = step >= total or _exhausted(config, progress)
+            if step != progress.validated_step and (done or (step and step % eval_every == 0)):
+                _validate(config, validate, system, state, progress, step, lines, bar)
+                save()
+                continue
+            if done:
+                break
+            if stop.is_set():
+                save()
+                raise Stopped(f"stopped at step {step}; the same command continues from there")
+            if step // layout.steps != plan_epoch_number:
+                plan_epoch_number = step // layout.steps
+                plan = plan_of(layout, epoch_key(config.seed, plan_epoch_number))
+            bounds = (config.train.log_every, layout.steps, eval_every, save_every)
+            until = min(total, *((step // every + 1) * every for every in bounds))
+            began = time.perf_counter()
+            state, sums = train_steps(state, jnp.int32(until - step), layout, plan, data, hparams)
+            sums = jax.device_get(sums)
+            seconds = time.perf_counter() - began
+            if sums["bad_step"] != NO_STEP:
+                raise RunFailed(_not_finite(int(sums["bad_step"]), store))
+            progress.train_seconds += seconds
+            _log_steps(lines, bar, sums, step, until, layout.steps, seconds)
+            step = until
+            if step % save_every == 0 and step % eval_every:
+                save()
+    return state, progress, parent
+
+
+def total_steps(config: ConfigDict, layout: Layout) -> int:
+    """The bound on steps: max_epochs, and max_steps if it is set."""
+    epochs = config.train.max_epochs * layout.steps
+    return min(epochs, config.train.max_steps) if config.train.max_steps else epochs
+
+
+def _begin(config, dataset, system, hparams, store, mesh) -> tuple[TrainState, Progress, dict]:
+    """Workdir checkpoint > init_from > scratch."""
+    state = init_state(system, config, hparams, mesh)
+    restored = checkpoint.restore_latest(store, state)
+    if restored:
+        state, meta = restored
+        checkpoint.check_data(meta, dataset, store.directory)
+        progress = Progress(**{field.name: meta[field.name] for field in dataclasses.fields(Progress)})
+        log.info("resuming at step %d", int(state.step))
+        return state, progress, meta["parent"]
+    if config.init_from:
+        params, parent = checkpoint.transfer(state.params, dataset.item_ids, config.init_from, mesh)
+        log.info("parameters from %s", json.dumps(parent))
+        return state.replace(params=params), Progress(), parent
+    return state, Progress(), {}
+
+
+def _identity(config, dataset, validate, parent) -> dict:
+    """What a checkpoint needs to be used alone."""
+    return {
+        "config": config.to_dict(),
+        "protocol": dataclasses.asdict(validate.protocol),
+        "items": dataset.item_ids.tolist(),
+        "dataset_hash": dataset.hash,
+        "parent": parent,
+    }
+
+
+def _exhausted(config, progress) -> bool:
+    train = config.train
+    out_of_patience = train.patience and progress.waiting >= train.patience
+    return bool(out_of_patience or (train.max_seconds and progress.train_seconds >= train.max_seconds))
+
+
+def _validate(config, validate, system, state, progress, step, lines, bar) -> None:
+    metrics = validate(system, state.params)
+    value = metrics[validate.protocol.metric]
+    progress.validated_step = step
+    if progress.best_value is None or value > progress.best_value:
+        progress.best_step, progress.best_value, progress.best_metrics, progress.waiting = step, value, metrics, 0
+    else:
+        progress.waiting += 1
+    lines.write("valid", step, metrics | {"train_seconds": progress.train_seconds})
+    bar.set_description(f"{config.name} valid {validate.protocol.metric} {value:.4f} (best {progress.best_value:.4f})")
+
+
+def _log_steps(lines, bar, sums, step, until, steps_per_epoch, seconds) -> None:
+    count = until - step
+    losses = {name: float(sums[name]) / count for name in sums if name not in ("targets", "bad_step")}
+    speed = int(sums["targets"]) / seconds
+    lines.write(
+        "train", until, losses | {"epoch": until / steps_per_epoch, "targets": int(sums["targets"]),
+                                  "seconds": seconds, "targets_per_second": speed}
+    )  # fmt: skip
+    bar.update(count)
+    bar.set_postfix_str(f"loss {losses['loss']:.4f}, {speed:,.0f} targets/s")
+
+
+def _not_finite(step: int, store: checkpoint.Store) -> str:
+    good = checkpoint.latest_step(store)
+    last = f"The last good checkpoint is step {good}" if good is not None else "There is no checkpoint yet"
+    return (
+        f"the loss or a gradient of step {step} is not finite. {last} in {store.directory}; a lower "
+        "config.train.learning_rate or config.train.clip_norm=1.0 may help"
+    )

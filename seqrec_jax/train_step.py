@@ -1,0 +1,89 @@
+"""The train state, one step, and many steps in one dispatch."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from seqrec_jax.data.batches import Layout, Plan, batch_of
+from seqrec_jax.optimizer import adam, schedule
+from seqrec_jax.sharding import shardings_of, split_rows
+from seqrec_jax.systems import System
+
+NO_STEP = 2**31 - 1  # no step was bad
+
+
+@struct.dataclass
+class TrainState:
+    """All that a step changes. Random streams and data order follow from the seed and `step` alone."""
+
+    step: jax.Array  # steps done
+    params: Any
+    optimizer: Any
+    state: Any  # neither trained nor constant, e.g. batch statistics
+
+
+def make_transform(config: ConfigDict, hparams: dict, rate: jax.Array):
+    """The optax chain of `config.train` at the learning rate `rate`."""
+    return adam(hparams, rate, decays=config.train.weight_decay > 0, clips=config.train.clip_norm > 0)
+
+
+def init_state(system: System, config: ConfigDict, hparams: dict, mesh: Mesh) -> TrainState:
+    """A fresh state, laid out over the mesh; parameters depend on the seed alone."""
+
+    def make(key):
+        params = system.init(key)
+        return TrainState(jnp.int32(0), params, make_transform(config, hparams, 0.0).init(params), system.state)
+
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    shardings = shardings_of(mesh, jax.eval_shape(make, key))
+    return jax.jit(make, out_shardings=shardings)(key)
+
+
+def make_train_steps(system: System, config: ConfigDict, mesh: Mesh, total_steps: int):
+    """Returns train_steps(state, count, layout, plan, data, hparams) → (state, sums).
+
+    One compiled program for any `count`: a loop with a traced bound, so that a run that was stopped and resumed
+    computes every step with the same program, bit for bit. `sums`: metrics added over the steps, targets seen, and
+    `bad_step`, the first step whose loss or gradient was not finite (a huge number if none).
+    """
+    def one_step(state: TrainState, layout: Layout, plan: Plan, data, hparams):
+        batch = split_rows(mesh, batch_of(data["items_A"], layout, plan, state.step % layout.steps))
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 2), state.step)
+        (loss, (extra, metrics)), gradients = jax.value_and_grad(system.loss, has_aux=True)(
+            state.params, state.state, batch, key, hparams, data
+        )
+        factor = schedule(config.train.schedule, state.step, total_steps, config.train.warmup_steps)
+        transform = make_transform(config, hparams, hparams["learning_rate"] * factor)
+        updates, optimizer = transform.update(gradients, state.optimizer, state.params)
+        params = jax.tree.map(jnp.add, state.params, updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(sum(jnp.sum(g) for g in jax.tree.leaves(gradients)))
+        counts = {
+            "loss": loss,
+            **metrics,
+            "targets": (batch.targets_RxL > 0).sum(),
+            "bad_step": jnp.where(finite, NO_STEP, state.step),
+        }
+        return TrainState(state.step + 1, params, optimizer, extra), counts
+
+    def train_steps(state, count, layout, plan, data, hparams):
+        shapes = jax.eval_shape(one_step, state, layout, plan, data, hparams)[1]
+        sums = {name: jnp.full((), NO_STEP if name == "bad_step" else 0, s.dtype) for name, s in shapes.items()}
+
+        def body(_, carry):
+            state, sums = carry
+            state, counts = one_step(state, layout, plan, data, hparams)
+            add = {name: (jnp.minimum if name == "bad_step" else jnp.add)(sums[name], counts[name]) for name in sums}
+            return state, add
+
+        return jax.lax.fori_loop(0, count, body, (state, sums))
+
+    def placed(state, *arguments):
+        state, sums = train_steps(state, *arguments)
+        return jax.lax.with_sharding_constraint(state, shardings_of(mesh, state)), sums
+
+    return jax.jit(placed, donate_argnums=0)
+

@@ -1,0 +1,108 @@
+"""The folder a run lives in: its lock, its config, its metrics lines."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from seqrec_jax import config as configuration
+from seqrec_jax.errors import UserError
+from seqrec_jax.validate import flatten
+
+# Keys that a resumed run may change: they decide when it stops and where things lie, not what a step computes.
+CHANGEABLE = (
+    "train.max_epochs", "train.max_steps", "train.max_seconds", "train.patience", "train.save_every",
+    "eval.batch_size", "report.baselines", "data.dir", "data.path", "data.cache_dir",
+    "mesh.data", "mesh.model", "mesh.distributed",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Holds `workdir` for this process; a second run refuses. The lock of a killed run is gone with it."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / "lock").open("a+")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written to: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"--workdir={workdir} is in use by another run ({file.read().strip()}): wait for it, or name another"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def settle_config(workdir: Path, config: ConfigDict) -> None:
+    """Writes config.json; refuses to resume a run under a config that would compute something else."""
+    path = workdir / "config.json"
+    if path.is_file():
+        old, new = flatten(configuration.from_json(path.read_text())), flatten(config)
+        free = CHANGEABLE if config.train.schedule == "constant" else CHANGEABLE[2:]
+        changed = [f"  {key}: {old[key]} there, {new[key]} now" for key in new if old[key] != new[key] and key not in free]
+        if changed:
+            raise UserError(
+                f"{path} was made with another config; take it back or name another --workdir:\n" + "\n".join(changed)
+            )
+    configuration.save(config, path)
+
+
+class Log:
+    """metrics.jsonl (one object a line) and TensorBoard events; on one process of several."""
+
+    def __init__(self, workdir: Path, step: int):
+        """Opens the log of a run that continues after `step`: later or torn lines are taken back."""
+        self.writes = jax.process_index() == 0
+        if not self.writes:
+            return
+        from tensorboardX import SummaryWriter
+
+        self.path = workdir / "metrics.jsonl"
+        kept = [json.dumps(line) + "\n" for line in read_lines(self.path) if line["step"] <= step]
+        part = self.path.with_name("metrics.jsonl.part")
+        part.write_text("".join(kept))
+        os.replace(part, self.path)
+        self.file = self.path.open("a")
+        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, kind: str, step: int, values: dict) -> None:
+        """One line {"kind", "step", ...values}."""
+        if not self.writes:
+            return
+        self.file.write(json.dumps({"kind": kind, "step": step} | values) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.events.add_scalar(f"{kind}/{name.replace('@', '_')}", value, step)
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        if self.writes:
+            self.file.close()
+            self.events.close()
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The whole lines of a metrics.jsonl; a last line torn by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Writes a whole JSON file or nothing."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(part, path)

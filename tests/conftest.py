@@ -1,0 +1,19 @@
+"""What every test shares. The environment is set before anything imports JAX."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Collectives over several simulated CPU devices can deadlock JAX 0.10.2 on few cores with its default thread pool.
+os.environ.setdefault("PJRT_NPROC", "16")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of the published data sets: SEQREC_DATA, or shared/data beside the repository."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("SEQREC_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"the published data sets are not here: {folder} is no folder; set SEQREC_DATA")
+    return folder
