@@ -7,10 +7,12 @@ published setting: one operator a data set, sampled softmax, linear decay. Name 
     python -m seqrec_jax.main --config=configs/cl4srec.py:beauty,paper --config.data.dir=DATA
 """
 
+from ml_collections import ConfigDict
+
 from configs import base
 
 
-def paper(config):
+def paper(config: ConfigDict) -> None:
     """Section 4.1 and Table 3. The paper does not give dropout, epochs, patience and the number of negatives."""
     config.encoder.update(activation="relu", input_norm=False, init="truncated_normal", init_scale=0.01)
     config.loss.next_item = "sampled"
@@ -25,7 +27,7 @@ def paper(config):
 VARIANTS = {"smoke": base.smoke, "paper": paper}
 
 
-def get_config(argument=""):
+def get_config(argument: str = "") -> ConfigDict:
     config = base.get_config()
     config.name = "cl4srec"
     config.system = "cl4srec"

@@ -4,10 +4,12 @@
     python -m seqrec_jax.main --config=configs/pop.py:beauty --config.data.dir=DATA
 """
 
+from ml_collections import ConfigDict
+
 from configs import base
 
 
-def smoke(config):
+def smoke(config: ConfigDict) -> None:
     """`smoke` without a baseline: this system is the baseline."""
     base.smoke(config)
     config.report.baselines = ()
@@ -16,7 +18,7 @@ def smoke(config):
 VARIANTS = {"smoke": smoke}
 
 
-def get_config(argument=""):
+def get_config(argument: str = "") -> ConfigDict:
     config = base.get_config()
     config.name = "pop"
     config.system = "pop"

@@ -7,10 +7,12 @@ its encoder and binary cross-entropy with one negative a position. Name the data
     python -m seqrec_jax.main --config=configs/sasrec.py:beauty,paper --config.data.dir=DATA
 """
 
+from ml_collections import ConfigDict
+
 from configs import base
 
 
-def paper(config):
+def paper(config: ConfigDict) -> None:
     """The original: its encoder, one uniform negative a position; on ml1m 200 items of history and less dropout."""
     base.original_backbone(config)
     config.loss.next_item = "bce"
@@ -22,7 +24,7 @@ def paper(config):
 VARIANTS = {"smoke": base.smoke, "paper": paper}
 
 
-def get_config(argument=""):
+def get_config(argument: str = "") -> ConfigDict:
     config = base.get_config()
     config.name = "sasrec"
     config.system = "sasrec"

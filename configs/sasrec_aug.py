@@ -6,12 +6,14 @@ The settings are those of configs/cl4srec.py, so that the contrast is the only d
     python -m seqrec_jax.main --config=configs/sasrec_aug.py:sports,paper --config.data.dir=DATA
 """
 
+from ml_collections import ConfigDict
+
 from configs import base, cl4srec
 
 VARIANTS = {"smoke": base.smoke, "paper": cl4srec.paper}
 
 
-def get_config(argument=""):
+def get_config(argument: str = "") -> ConfigDict:
     config = base.get_config()
     config.name = "sasrec_aug"
     config.system = "sasrec_aug"

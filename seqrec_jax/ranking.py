@@ -38,56 +38,58 @@ def count_better(
     items are read from the same products as the others, so ties are exact. NaN counts as above: it never helps.
     """
     rows = items_VxD.shape[0]
-    block = min(block, rows)
+    block = min(block, rows, MOST_COUNTED)
     blocks = -(-rows // block)
     users = jnp.arange(states_UxD.shape[0])
 
     def scores_of(index):
-        """Block `index`: (its first row, scores [U, block], which of its columns are its own items)."""
+        """Block `index`: (its first row, scores [U, block]), −inf in columns that are no candidates of this block."""
         begin = jnp.minimum(index * block, rows - block)  # the last block overlaps the one before
         part = jax.lax.dynamic_slice_in_dim(items_VxD, begin, block)
-        scores = jnp.matmul(states_UxD, part.T, precision=jax.lax.Precision.HIGHEST)
         ids = begin + jnp.arange(block)
-        return begin, scores, (ids >= index * block) & (ids >= 1) & (ids <= num_items)
+        own = (ids >= index * block) & (ids >= 1) & (ids <= num_items)
+        scores = jnp.matmul(states_UxD, part.T, precision=jax.lax.Precision.HIGHEST)
+        return begin, jnp.where(own, scores, -jnp.inf)
 
-    def target_score(index, score_U):
-        begin, scores, own = scores_of(index)
-        column = targets_U - begin
-        inside = (column >= 0) & (column < block)
-        inside &= own[jnp.clip(column, 0, block - 1)]
-        return jnp.where(inside, scores[users, jnp.clip(column, 0, block - 1)], score_U)
+    def score_at(begin, scores, item_UxH):
+        """The scores of given items, −inf where they lie in other blocks."""
+        column = item_UxH - begin
+        found = scores[users[:, None], jnp.clip(column, 0, block - 1)]
+        return jnp.where((column >= 0) & (column < block), found, -jnp.inf)
+
+    def compare(scores, real=True):
+        """Per user, (how many scores are above the target's) + MOST_COUNTED * (how many equal it): one pass."""
+        weight = jnp.where(~(scores <= score_U[:, None]), 1, 0)
+        return jnp.where(real, jnp.where(scores == score_U[:, None], MOST_COUNTED, weight), 0).sum(axis=1)
 
     def count(index, sums):
-        greater, tied = sums
-        begin, scores, own = scores_of(index)
-        candidates = own & (begin + jnp.arange(block) != targets_U[:, None])
-        greater += (candidates & ~(scores <= score_U[:, None])).sum(axis=1)
-        tied += (candidates & (scores == score_U[:, None])).sum(axis=1)
-        if hidden is None:
-            return greater, tied
+        begin, scores = scores_of(index)
+        both = compare(scores)
+        if hidden is not None:
 
-        def without_hidden(piece, sums):
-            greater, tied = sums
-            item, real = _hidden_piece(hidden, piece)
-            column = item - begin
-            real &= (column >= 0) & (column < block) & (item != targets_U[:, None])
-            real &= own[jnp.clip(column, 0, block - 1)]
-            score = scores[users[:, None], jnp.clip(column, 0, block - 1)]
-            greater -= (real & ~(score <= score_U[:, None])).sum(axis=1)
-            return greater, tied - (real & (score == score_U[:, None])).sum(axis=1)
+            def without_hidden(piece, both):
+                item, real = _hidden_piece(hidden, piece)
+                return both - compare(score_at(begin, scores, item), real & (item != targets_U[:, None]))
 
-        return jax.lax.fori_loop(0, pieces, without_hidden, (greater, tied))
+            both = jax.lax.fori_loop(0, _pieces(hidden), without_hidden, both)
+        return sums[0] + both % MOST_COUNTED, sums[1] + both // MOST_COUNTED
 
-    pieces = 0 if hidden is None else _pieces(hidden)
+    def target_score(index, score_U):
+        return jnp.maximum(score_U, score_at(*scores_of(index), targets_U[:, None])[:, 0])
+
     zeros = jnp.zeros(states_UxD.shape[0], jnp.int32)
+    lowest_U = jnp.full(zeros.shape, -jnp.inf)
     if blocks == 1:  # one product serves both
-        score_U = scores_of(0)[1][users, targets_U]
+        score_U = target_score(0, lowest_U)
         greater_U, tied_U = count(0, (zeros, zeros))
     else:
-        score_U = jax.lax.fori_loop(0, blocks, target_score, jnp.zeros(states_UxD.shape[0]))
+        score_U = jax.lax.fori_loop(0, blocks, target_score, lowest_U)
         greater_U, tied_U = jax.lax.fori_loop(0, blocks, count, (zeros, zeros))
+    tied_U = jnp.maximum(tied_U - 1, 0)  # the target ties with itself
     return greater_U, tied_U, zeros > 0 if hidden is None else _is_hidden(targets_U, hidden)
 
+
+MOST_COUNTED = 2**15  # items a block may hold, so that two counts fit one int32
 
 PIECE = 64  # history items looked at at once
 
