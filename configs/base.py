@@ -78,8 +78,8 @@ def get_config(argument: str = "") -> ConfigDict:
     train.max_seconds = 0.0  # training seconds, counted across resumes; 0 = no bound
     train.patience = 10  # validations without improvement before the run stops; 0 = never
     train.learning_rate = 1e-3
-    train.schedule = "constant"  # constant | linear (decay to 0 at the last step) | cosine (warm-up, then to 0)
-    train.warmup_steps = 0
+    train.schedule = "constant"  # constant | linear (decay to 0 at the last step) | cosine (to 0)
+    train.warmup_steps = 0  # steps over which the learning rate rises linearly from 0
     train.weight_decay = 0.0  # decoupled; not on biases, norms and embeddings
     train.clip_norm = 0.0  # global gradient norm; 0 = no clipping
     train.beta1 = 0.9
@@ -112,15 +112,16 @@ def get_config(argument: str = "") -> ConfigDict:
 
 
 def select(config: ConfigDict, argument: str, variants: dict) -> ConfigDict:
-    """Applies the argument after the colon: a data set name and variants, each a function that edits the config."""
-    for word in filter(None, (part.strip() for part in argument.split(","))):
+    """Applies the argument after the colon: a data set name, then variants, each a function that edits the config."""
+    words = [word for word in map(str.strip, argument.split(",")) if word]
+    for word in sorted(words, key=lambda word: word not in DATASETS):  # variants may look at the data set
         if word in DATASETS:
             config.data.name = word
         elif word in variants:
             variants[word](config)
         else:
             known = ", ".join([*DATASETS, *variants])
-            raise ValueError(f"'{word}' after the colon is neither a data set nor a variant of {config.name}; known: {known}")
+            raise ValueError(f"'{word}' after the colon is no data set and no variant of {config.name}; known: {known}")
     return config
 
 
@@ -135,6 +136,13 @@ def smoke(config: ConfigDict) -> None:
 def original_backbone(config: ConfigDict) -> None:
     """The original SASRec's encoder (Kang and McAuley, ICDM 2018); the defaults are the one S3-Rec and DuoRec share."""
     config.encoder.update(
-        dim=50, heads=1, ffn=50, activation="relu", norm="query", input_norm=False, final_norm=True,
-        scale_embedding=True, norm_epsilon=1e-8,
+        dim=50,
+        heads=1,
+        ffn=50,
+        activation="relu",
+        norm="query",
+        input_norm=False,
+        final_norm=True,
+        scale_embedding=True,
+        norm_epsilon=1e-8,
     )

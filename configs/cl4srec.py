@@ -1,7 +1,7 @@
 """CL4SRec: Contrastive Learning for Sequential Recommendation (Xie et al., SIGIR 2021 and ICDE 2022).
 
 The default draws each view's operator anew and uses the shared backbone and the softmax over all items; `paper` is the
-published setting: one operator a data set, sampled softmax, linear decay. Name the data set before `paper`.
+published setting: one operator a data set, sampled softmax, linear decay.
 
     python -m seqrec_jax.main --config=configs/cl4srec.py
     python -m seqrec_jax.main --config=configs/cl4srec.py:beauty,paper --config.data.dir=DATA

@@ -1,7 +1,7 @@
 """Pop: every user gets the most popular items. Nothing is trained; the floor that a method has to clear.
 
-    python -m seqrec_jax.main --config=configs/pop.py
-    python -m seqrec_jax.main --config=configs/pop.py:beauty --config.data.dir=DATA
+python -m seqrec_jax.main --config=configs/pop.py
+python -m seqrec_jax.main --config=configs/pop.py:beauty --config.data.dir=DATA
 """
 
 from ml_collections import ConfigDict

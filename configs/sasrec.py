@@ -1,7 +1,7 @@
 """SASRec: Self-Attentive Sequential Recommendation (Kang and McAuley, ICDM 2018).
 
 The default trains the backbone that S3-Rec and DuoRec share with the softmax over all items; `paper` is the original:
-its encoder and binary cross-entropy with one negative a position. Name the data set before `paper`.
+its encoder and binary cross-entropy with one negative a position.
 
     python -m seqrec_jax.main --config=configs/sasrec.py
     python -m seqrec_jax.main --config=configs/sasrec.py:beauty,paper --config.data.dir=DATA

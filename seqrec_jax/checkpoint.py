@@ -1,7 +1,7 @@
 """The only file that knows orbax: save, verify, restore, prune, transfer.
 
-A checkpoint counts once its manifest (a checksum of every file) is written; until then it is invisible. `latest` and the
-one before it are kept, so a damaged newest has a predecessor, and the best one.
+A checkpoint counts once its manifest (a checksum of every file) is written; until then it is invisible. The newest, the
+one before it (a damaged newest has a predecessor) and the best are kept.
 """
 
 import dataclasses

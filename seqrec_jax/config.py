@@ -197,7 +197,7 @@ def _check_key(key: str, known: Iterable[str]) -> None:
 
 
 def _nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """" Did you mean ...?" with the known words whose last part is most like that of `word`; "" where none is."""
+    """ " Did you mean ...?" with the known words whose last part is most like that of `word`; "" where none is."""
     last = {name: name.rpartition(".")[2] for name in known}
     tails = difflib.get_close_matches(word.rpartition(".")[2], last.values(), n=1, cutoff=0.7)
     words = [name for name in last if last[name] in tails] or difflib.get_close_matches(word, last, n=1)

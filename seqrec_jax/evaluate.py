@@ -1,4 +1,4 @@
-"""Protocols, and a model's metrics under one: exact for any batch size and device count."""
+"""A model's metrics under a protocol: exact for any batch size and device count."""
 
 import dataclasses
 import gzip
@@ -14,44 +14,12 @@ from seqrec_jax import ranking
 from seqrec_jax.data.batches import Batch, Layout, batch_of, history_examples, make_layout, plan_epoch
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.errors import UserError
+from seqrec_jax.protocol import Protocol, protocol_of
 from seqrec_jax.sharding import replicate, split_rows
 from seqrec_jax.systems import System
 
 HELD_OUT = {"test": 1, "valid": 2}  # how many items from the end
 BLOCK_SCORES = 2**22  # scores held at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-    """How a model is judged. It never changes how it is trained."""
-
-    name: str
-    candidates: str  # all | sampled
-    hide_history: bool
-    metric: str  # the validation metric that selects the checkpoint
-
-    def line(self) -> str:
-        """One line for people, printed with every table."""
-        hidden = "history hidden" if self.hide_history else "history not hidden"
-        pool = f"all items, {hidden}" if self.candidates == "all" else "the target and sampled negatives"
-        return f"protocol {self.name}: {pool}; leave-one-out; checkpoint chosen on validation {self.metric}"
-
-
-PROTOCOLS = {
-    "A": Protocol("A", "all", True, "ndcg@20"),
-    "B": Protocol("B", "all", False, "mrr@10"),
-    "C": Protocol("C", "sampled", False, "mrr"),
-    "D": Protocol("D", "all", True, "ndcg@10"),
-}
-
-
-def protocol_of(config: ConfigDict) -> Protocol:
-    """The protocol of `config.eval`; only `custom` reads the single settings."""
-    if config.eval.protocol != "custom":
-        return PROTOCOLS[config.eval.protocol]
-    evaluation = config.eval
-    hide = evaluation.hide_history != "no"
-    return Protocol("custom", evaluation.candidates or "all", hide, evaluation.metric or "ndcg@10")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,7 +39,8 @@ class Evaluator:
         step = jax.jit(self._step, static_argnums=0)
         plan = plan_epoch(self.layout, None)
         parts = [step(system.states, params, self.arrays, self.layout, plan, t) for t in range(self.layout.steps)]
-        users_U, greater_U, tied_U, missed_U = (np.concatenate(part) for part in zip(*jax.device_get(parts), strict=True))
+        columns = zip(*jax.device_get(parts), strict=True)
+        users_U, greater_U, tied_U, missed_U = (np.concatenate(column) for column in columns)
         real_U = users_U >= 0
         assert real_U.sum() == self.users and len(np.unique(users_U[real_U])) == self.users
         return ranking.metrics(greater_U[real_U], tied_U[real_U], missed_U[real_U])
@@ -86,12 +55,13 @@ class Evaluator:
             return batch.users_U, *counts
         begin_U = arrays["offsets_U1"][user_U]
         end_U = arrays["offsets_U1"][user_U + 1] - self.held_out
-        hidden = ranking.Hidden(
-            arrays["items_A"], arrays["first_A"], begin_U, jnp.where(batch.users_U >= 0, end_U, begin_U)
-        )
+        hidden = None
+        if self.protocol.hide_history == "yes":
+            end_U = jnp.where(batch.users_U >= 0, end_U, begin_U)
+            hidden = ranking.Hidden(arrays["items_A"], arrays["first_A"], begin_U, end_U)
         block = max(BLOCK_SCORES // len(target_U), 1024)
-        hidden = hidden if self.protocol.hide_history else None
-        return batch.users_U, *ranking.count_better(states_UxD, params["items"], target_U, self.num_items, hidden, block)
+        counts = ranking.count_better(states_UxD, params["items"], target_U, self.num_items, hidden, block)
+        return batch.users_U, *counts
 
 
 def make_evaluator(dataset: SequenceDataset, config: ConfigDict, split: str, mesh: Mesh) -> Evaluator:

@@ -106,9 +106,8 @@ def load(workdir: str | Path) -> Recommender:
     mesh = make_mesh(1, 1)
     with config.unlocked():
         config.loss.next_item = "full"  # nothing is trained here, so no negatives are prepared
-    vocabulary = SequenceDataset(
-        np.zeros(0, np.int32), np.zeros(1, np.int64), np.array(meta["items"]), np.array([], str), meta["dataset_hash"], {}
-    )
+    nothing, item_ids = np.zeros(0, np.int32), np.array(meta["items"])
+    vocabulary = SequenceDataset(nothing, np.zeros(1, np.int64), item_ids, np.array([], str), meta["dataset_hash"], {})
     system = systems.build(config, vocabulary, mesh)
     params = checkpoint.restore_params(store, step, mesh)
     return Recommender(system, params, vocabulary.item_ids, config.encoder.max_length, config.encoder.positions)

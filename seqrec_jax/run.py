@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -12,9 +13,12 @@ from seqrec_jax import checkpoint, report, systems
 from seqrec_jax.data import batches
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.prepare import prepare, print_report
-from seqrec_jax.evaluate import make_evaluator, protocol_of
+from seqrec_jax.evaluate import make_evaluator
+from seqrec_jax.protocol import protocol_of
 from seqrec_jax.sharding import make_mesh
-from seqrec_jax.train import train
+from seqrec_jax.train import identity, train
+from seqrec_jax.train_step import TrainState
+from seqrec_jax.validate import mesh_shape
 from seqrec_jax.workdir import locked, settle_config, write_json
 
 log = logging.getLogger(__name__)
@@ -24,7 +28,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, stop: threading.Event)
     """Trains (or resumes) in `workdir`, evaluates the best checkpoint, runs the baselines; returns results.json."""
     with locked(workdir):
         settle_config(workdir, config)
-        mesh = make_mesh(config.mesh.data, config.mesh.model)
+        mesh = make_mesh(*mesh_shape(config, jax.device_count()))
         dataset = prepare(config.data, cache_dir(config, workdir))
         layout, dropped = train_layout(config, dataset, mesh)
         data_report = dataset.report | {"targets_dropped": dropped}
@@ -41,7 +45,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, stop: threading.Event)
 
 def evaluate(config: ConfigDict, workdir: Path) -> dict:
     """Metrics of the best checkpoint of `workdir` under the protocol of `config`; the data file is read again."""
-    mesh = make_mesh(config.mesh.data, config.mesh.model)
+    mesh = make_mesh(*mesh_shape(config, jax.device_count()))
     store, step, meta = checkpoint.best_checkpoint(workdir)
     dataset = prepare(config.data, cache_dir(config, workdir))
     checkpoint.check_data(meta, dataset, workdir)
@@ -79,6 +83,10 @@ def _results(config, workdir, dataset, layout, mesh, stop) -> dict:
     results = _header(config, dataset)
     if system.loss is None:
         params = system.init(jax.random.key(config.seed))
+        state = TrainState(jnp.int32(0), params, {}, {})
+        checkpoint.save(
+            checkpoint.open_store(workdir, create=True), state, identity(config, dataset) | {"best_step": 0}
+        )
         return results | _metrics(config, dataset, system, params, mesh) | {"steps": 0, "train_seconds": 0.0}
     validate = make_evaluator(dataset, config, "valid", mesh)
     state, progress, parent = train(config, workdir, dataset, system, layout, validate, mesh, stop)
@@ -115,9 +123,7 @@ def _header(config, dataset) -> dict:
 
 
 def _metrics(config, dataset, system, params, mesh) -> dict:
-    return {
-        split: make_evaluator(dataset, config, split, mesh)(system, params) for split in ("test", "valid")
-    }
+    return {split: make_evaluator(dataset, config, split, mesh)(system, params) for split in ("test", "valid")}
 
 
 def _baseline(config, workdir, name, dataset, layout, mesh, stop) -> dict:

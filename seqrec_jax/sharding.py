@@ -6,10 +6,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def make_mesh(data: int, model: int) -> Mesh:
-    """Mesh ("data", "model") over the first data * model devices; data = -1 takes all that `model` leaves."""
-    devices = jax.devices()
-    data = len(devices) // model if data == -1 else data
-    grid = np.asarray(devices[: data * model]).reshape(data, model)
+    """Mesh ("data", "model") over the first data * model devices."""
+    grid = np.asarray(jax.devices()[: data * model]).reshape(data, model)
     return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 

@@ -21,6 +21,7 @@ from seqrec_jax.data.batches import Layout, epoch_key, plan_epoch
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.errors import RunFailed
 from seqrec_jax.evaluate import Evaluator
+from seqrec_jax.protocol import protocol_of
 from seqrec_jax.sharding import replicate
 from seqrec_jax.systems import System, hparams_of
 from seqrec_jax.train_step import NO_STEP, TrainState, init_state, make_train_steps
@@ -92,11 +93,10 @@ def train(
     save_every = config.train.save_every or eval_every
     plan, plan_epoch_number = None, -1
     lines = Log(workdir, step)
-    bar = tqdm(total=total, initial=step, unit="step", desc=config.name, disable=jax.process_index() > 0, smoothing=0.05)
+    bar = tqdm(total=total, initial=step, unit="step", desc=config.name, disable=jax.process_index() > 0)
 
     def save():
-        meta = dataclasses.asdict(progress) | _identity(config, dataset, validate, parent)
-        checkpoint.save(store, state, meta)
+        checkpoint.save(store, state, identity(config, dataset) | dataclasses.asdict(progress) | {"parent": parent})
 
     with contextlib.closing(lines), bar:
         while True:
@@ -152,14 +152,13 @@ def _begin(config, dataset, system, hparams, store, mesh) -> tuple[TrainState, P
     return state, Progress(), {}
 
 
-def _identity(config, dataset, validate, parent) -> dict:
+def identity(config: ConfigDict, dataset: SequenceDataset) -> dict:
     """What a checkpoint needs to be used alone."""
     return {
         "config": config.to_dict(),
-        "protocol": dataclasses.asdict(validate.protocol),
+        "protocol": dataclasses.asdict(protocol_of(config)),
         "items": dataset.item_ids.tolist(),
         "dataset_hash": dataset.hash,
-        "parent": parent,
     }
 
 

@@ -50,6 +50,7 @@ def make_train_steps(system: System, config: ConfigDict, mesh: Mesh, total_steps
     computes every step with the same program, bit for bit. `sums`: metrics added over the steps, targets seen, and
     `bad_step`, the first step whose loss or gradient was not finite (a huge number if none).
     """
+
     def one_step(state: TrainState, layout: Layout, plan: Plan, data, hparams):
         batch = split_rows(mesh, batch_of(data["items_A"], layout, plan, state.step % layout.steps))
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 2), state.step)
@@ -86,4 +87,3 @@ def make_train_steps(system: System, config: ConfigDict, mesh: Mesh, total_steps
         return jax.lax.with_sharding_constraint(state, shardings_of(mesh, state)), sums
 
     return jax.jit(placed, donate_argnums=0)
-

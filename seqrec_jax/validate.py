@@ -6,14 +6,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from seqrec_jax.errors import UserError, unknown
+from seqrec_jax.protocol import PROTOCOLS
 
-# What each evaluation protocol fixes; `custom` leaves it to the keys of eval with the same names.
-PROTOCOLS = {
-    "A": {"hide_history": "yes", "candidates": "all", "metric": "ndcg@20"},
-    "B": {"hide_history": "no", "candidates": "all", "metric": "mrr@10"},
-    "C": {"hide_history": "no", "candidates": "sampled", "metric": "mrr", "num_negatives": 99},
-    "D": {"hide_history": "yes", "candidates": "all", "metric": "ndcg@10"},
-}
 SYSTEMS = ("pop", "sasrec", "sasrec_aug", "cl4srec")
 METRICS = (*(f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in (1, 5, 10, 20)), "mrr")
 
@@ -192,12 +186,15 @@ def _eval_conflicts(config: ConfigDict) -> Iterator[str]:
     evaluation = config.eval
     protocol, candidates = evaluation.protocol, evaluation.candidates
     if protocol == "custom":
-        for key in PROTOCOLS["A"]:
+        for key in ("candidates", "hide_history", "metric"):
             if not evaluation[key]:
                 yield f"eval.protocol=custom needs eval.{key}; allowed: {allowed(f'eval.{key}', '')}"
     else:
-        candidates = PROTOCOLS[protocol]["candidates"]
-        for key, value in PROTOCOLS[protocol].items():
+        fixed = PROTOCOLS[protocol]
+        candidates = fixed.candidates
+        said = {name: getattr(fixed, name) for name in ("candidates", "hide_history", "metric")}
+        said |= {"num_negatives": 99} if candidates == "sampled" else {}
+        for key, value in said.items():
             if evaluation[key] not in ("", value):
                 yield (
                     f"eval.{key}={evaluation[key]} contradicts eval.protocol={protocol}, which says {value}; "

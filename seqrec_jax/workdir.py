@@ -51,7 +51,8 @@ def settle_config(workdir: Path, config: ConfigDict) -> None:
     if path.is_file():
         old, new = flatten(configuration.from_json(path.read_text())), flatten(config)
         free = CHANGEABLE if config.train.schedule == "constant" else CHANGEABLE[2:]
-        changed = [f"  {key}: {old[key]} there, {new[key]} now" for key in new if old[key] != new[key] and key not in free]
+        differs = [key for key in new if old[key] != new[key] and key not in free]
+        changed = [f"  {key}: {old[key]} there, {new[key]} now" for key in differs]
         if changed:
             raise UserError(
                 f"{path} was made with another config; take it back or name another --workdir:\n" + "\n".join(changed)

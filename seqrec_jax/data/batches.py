@@ -37,7 +37,7 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Pieces of histories: inputs items_A[start : start + length], the target after input i is items_A[start + i + 1]."""
+    """Pieces of histories: inputs items_A[start : start + length]; the target of input i is items_A[start + i + 1]."""
 
     start_E: np.ndarray  # int32
     length_E: np.ndarray  # int32, 1..max_length
@@ -231,9 +231,7 @@ def batch_of(items_A: jax.Array, layout: Layout, plan: Plan, step_in_epoch: jax.
     )
 
 
-def rows_of(
-    items_A, *, users_U, start_U, length_U, row_U, column_U, rows, width, last_target_only, positions
-) -> Batch:
+def rows_of(items_A, *, users_U, start_U, length_U, row_U, column_U, rows, width, last_target_only, positions) -> Batch:
     """Writes histories, given by where they start in items_A, into their cells."""
     segments_RxL, offset_RxL = cells(row_U, column_U, length_U, rows, width)
     real_RxL = segments_RxL > 0

@@ -10,13 +10,19 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from seqrec_jax.data import sources
+from seqrec_jax.data import sources, tables
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.errors import UserError, unknown
 
 _VERSION = 1  # of the prepared files: a change of their meaning or of a rule below makes old caches unused
 _SETTINGS = (
-    "user_column", "item_column", "time_column", "on_bad_row", "repeats", "min_user", "min_item"
+    "user_column",
+    "item_column",
+    "time_column",
+    "on_bad_row",
+    "repeats",
+    "min_user",
+    "min_item",
 )  # besides the format, all that decides what a source becomes
 _FILES = ("items.npy", "offsets.npy", "items.parquet", "users.parquet", "report.json")
 
@@ -49,7 +55,7 @@ def prepare(config_data, cache_dir: Path) -> SequenceDataset:
 
 
 def build(
-    table: sources.Table, repeats: str, min_user: int, min_item: int, source: str, form: str, name: str
+    table: tables.Table, repeats: str, min_user: int, min_item: int, source: str, form: str, name: str
 ) -> SequenceDataset:
     """Filters, orders and numbers the rows of `table`. Raises UserError where too little is left to learn from."""
     read = table.frame.with_row_index("row")
@@ -119,6 +125,7 @@ def print_report(report: dict) -> None:
         "length": f"mean {length['mean']:.2f}, median {length['median']:g}, {length['min']} to {length['max']}",
         "longer than": ", ".join(f"{n}: {users:,} users" for n, users in report["users_longer_than"].items()),
         "test in history": f"{test['count']:,} users ({test['share']:.2%})",
+        **({"dropped": f"{report['targets_dropped']:,} targets"} if "targets_dropped" in report else {}),
         "too short": f"{report['users_too_short']:,} users with fewer than 3 items (trained on, not evaluated)",
         "hash": report["hash"],
     }
@@ -172,7 +179,7 @@ def _store(dataset: SequenceDataset, folder: Path) -> None:
 
 def _digest(path: Path) -> str:
     """SHA-256 of a file's bytes, decompressed."""
-    return hashlib.sha256(sources.read_bytes(path)).hexdigest()
+    return hashlib.sha256(tables.read_bytes(path)).hexdigest()
 
 
 def _folder_digest(path: Path) -> str:
@@ -180,7 +187,7 @@ def _folder_digest(path: Path) -> str:
     return hashlib.sha256(json.dumps([(file.name, _digest(file)) for file in files]).encode()).hexdigest()
 
 
-def _synthetic(config_data) -> tuple[sources.Table, str]:
+def _synthetic(config_data) -> tuple[tables.Table, str]:
     """The embedded data as a table, and the digest of its rows (the generator may change between versions)."""
     from seqrec_jax.data.synthetic import synthetic_table
 
@@ -189,7 +196,7 @@ def _synthetic(config_data) -> tuple[sources.Table, str]:
     item = np.concatenate(histories).astype(np.int64)
     frame = pl.DataFrame({"line": user, "user": user, "item": item})
     frame = frame.with_columns(pl.col("user", "item").cast(pl.String))
-    return sources.Table(frame, frame.height), hashlib.sha256(user.tobytes() + item.tobytes()).hexdigest()
+    return tables.Table(frame, frame.height), hashlib.sha256(user.tobytes() + item.tobytes()).hexdigest()
 
 
 def _text(ids: pl.Series) -> np.ndarray:

@@ -25,9 +25,7 @@ def synthetic_table(users: int, items: int, seed: int) -> list[np.ndarray]:
     popularity_V = weight_V / weight_V.sum()
     successor_V = np.array([generator.choice(members[c], p=shares[c]) for c in cluster_V])
     lengths_U = np.clip(5 + generator.geometric(0.16, users) - 1, 5, 60)
-    return [
-        _history(generator, length, members, shares, successor_V, popularity_V) for length in lengths_U
-    ]
+    return [_history(generator, length, members, shares, successor_V, popularity_V) for length in lengths_U]
 
 
 def _history(generator, length, members, shares, successor_V, popularity_V) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Transformer over packed rows: a batch → hidden_RxLxD. Causal or bidirectional; every published backbone by settings."""
+"""Transformer over packed rows: a batch → hidden_RxLxD. Causal or bidirectional; published backbones by settings."""
 
 from typing import Any
 
@@ -38,7 +38,8 @@ class Block(nn.Module):
         source = norm("norm_attention")(x_RxLxD) if config.norm in ("pre", "query") else x_RxLxD
         others = x_RxLxD if config.norm == "query" else source
         split = lambda x: x.reshape(rows, length, heads, width)  # noqa: E731
-        query, key_, value = (split(dense(dim, n)(s)) for n, s in (("query", source), ("key", others), ("value", others)))
+        inputs = {"query": source, "key": others, "value": others}
+        query, key_, value = (split(dense(dim, name)(x)) for name, x in inputs.items())
         scores_RxHxLxL = jnp.einsum("rqhw,rkhw->rhqk", query, key_).astype(jnp.float32) / width**0.5
         weights = jax.nn.softmax(jnp.where(visible_RxLxL[:, None], scores_RxHxLxL, HIDE)).astype(dtype)
         mixed = jnp.einsum("rhqk,rkhw->rqhw", dropout(keys[0], weights, rate), value).reshape(rows, length, dim)

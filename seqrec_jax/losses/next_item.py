@@ -91,8 +91,8 @@ def _walk(hidden_NxD, positive_NxD, positive_bias_N, columns_CxD, column_ids_C, 
 
         share_M = jnp.where(real_M, 1 / sum_M, 0)
         push_M = jnp.where(real_M, exp_score_M / sum_M - 1, 0)  # p(target) − 1
-        d_hidden_MxD = jax.lax.psum((exp_MxC @ columns_CxD) * share_M[:, None], "model") + push_M[:, None] * positive_MxD
-        d_hidden = d_hidden.at[place_M].set(d_hidden_MxD, mode="drop")
+        pull_MxD = jax.lax.psum((exp_MxC @ columns_CxD) * share_M[:, None], "model")
+        d_hidden = d_hidden.at[place_M].set(pull_MxD + push_M[:, None] * positive_MxD, mode="drop")
         d_positive = d_positive.at[place_M].set(push_M[:, None] * hidden_MxD, mode="drop")
         return total, d_hidden, d_positive, d_columns + exp_MxC.T @ (hidden_MxD * share_M[:, None])
 
@@ -112,9 +112,7 @@ def full_softmax(hidden_NxD, targets_N, items_VxD, num_items: int, mesh: Mesh, c
     ids_V = jnp.arange(items_VxD.shape[0])
     bias_V = jnp.where((ids_V >= 1) & (ids_V <= num_items), 0.0, -jnp.inf)
     no_bias_N = jnp.zeros(targets_N.shape[0])
-    return softmax_loss(
-        hidden_NxD, items_VxD[targets_N], no_bias_N, items_VxD, ids_V, bias_V, targets_N, mesh, chunk
-    )
+    return softmax_loss(hidden_NxD, items_VxD[targets_N], no_bias_N, items_VxD, ids_V, bias_V, targets_N, mesh, chunk)
 
 
 def sampled_softmax(

@@ -1,0 +1,37 @@
+"""Evaluation protocols: how a model is judged. They never change how it is trained."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """Candidates, hiding, and the validation metric that selects the checkpoint."""
+
+    name: str
+    candidates: str  # all | sampled
+    hide_history: str  # yes | no
+    metric: str
+
+    def line(self) -> str:
+        """One line for people, printed with every table."""
+        hidden = "history hidden" if self.hide_history == "yes" else "history not hidden"
+        pool = f"all items, {hidden}" if self.candidates == "all" else "the target and sampled negatives"
+        return f"protocol {self.name}: {pool}; leave-one-out; checkpoint chosen on validation {self.metric}"
+
+
+PROTOCOLS = {
+    "A": Protocol("A", "all", "yes", "ndcg@20"),
+    "B": Protocol("B", "all", "no", "mrr@10"),
+    "C": Protocol("C", "sampled", "no", "mrr"),  # 99 uniform negatives
+    "D": Protocol("D", "all", "yes", "ndcg@10"),
+}
+
+
+def protocol_of(config: ConfigDict) -> Protocol:
+    """The protocol of `config.eval`; `custom` reads the single settings."""
+    settings = config.eval
+    if settings.protocol == "custom":
+        return Protocol("custom", settings.candidates, settings.hide_history, settings.metric)
+    return PROTOCOLS[settings.protocol]
