@@ -18,6 +18,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs one mode and returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells much
+    logging.getLogger("jax").setLevel(logging.WARNING)
     try:
         return run(argv)
     except UserError as error:
