@@ -1,15 +1,17 @@
 """The only file that knows orbax: save, verify, restore, prune, transfer.
 
 A checkpoint counts once its manifest (a checksum of every file) is written; until then it is invisible. The newest, the
-one before it (a damaged newest has a predecessor) and the best are kept.
+one before it (a damaged newest has a predecessor) and the best that each of the two knows are kept.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -43,6 +45,8 @@ def open_store(workdir: Path, *, create: bool) -> Store:
         for step in _steps(directory, whole=False):
             log.warning("removing checkpoint %d: its save was cut off before it was complete", step)
             shutil.rmtree(directory / str(step))
+        for path in directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path)
     elif not directory.is_dir():
         raise UserError(f"{workdir}: no checkpoints here; train first, or name another --workdir")
     options = ocp.CheckpointManagerOptions(create=create, enable_async_checkpointing=False, read_only=not create)
@@ -55,16 +59,24 @@ def open_store(workdir: Path, *, create: bool) -> Store:
 
 
 def save(store: Store, state: TrainState, meta: dict) -> None:
-    """Writes the state and `meta` (JSON-ready) as the checkpoint of state.step, then drops the ones not needed."""
+    """Writes the state and `meta` (JSON-ready) as the checkpoint of state.step, then drops the ones not needed.
+
+    A checkpoint of the same step is kept if it says the same, else replaced (the step was validated since).
+    """
     step = int(state.step)
+    meta = json.loads(json.dumps({"format": FORMAT, "step": step} | meta))
     rest = {"optimizer": state.optimizer, "state": state.state}
-    if step not in _steps(store.directory, whole=True):
+    whole = _steps(store.directory, whole=True)
+    if step in whole and read_meta(store, step) != meta:
+        _drop(store, step)
+        whole.remove(step)
+    if step not in whole:
         saved = store.manager.save(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
                 rest=ocp.args.StandardSave(rest),
-                meta=ocp.args.JsonSave({"format": FORMAT, "step": step} | meta),
+                meta=ocp.args.JsonSave(meta),
             ),
         )
         store.manager.wait_until_finished()
@@ -73,9 +85,10 @@ def save(store: Store, state: TrainState, meta: dict) -> None:
         if jax.process_index() == 0:
             _write_manifest(store.directory / str(step))
     kept = _steps(store.directory, whole=True)
+    best = {_best_step(store, step) for step in kept[-2:]}
     for old in kept[:-2]:
-        if old != meta["best_step"]:
-            store.manager.delete(old)
+        if old not in best:
+            _drop(store, old)
 
 
 def restore_latest(store: Store, like: TrainState) -> tuple[TrainState, dict] | None:
@@ -87,7 +100,7 @@ def restore_latest(store: Store, like: TrainState) -> tuple[TrainState, dict] | 
         try:
             return restore(store, step, like)
         except Damaged as damage:
-            aside = store.directory / f"damaged-{step}"
+            aside = next(path for path in _names_aside(store.directory, step) if not path.exists())
             os.replace(store.directory / str(step), aside)
             store.manager.reload()
             log.warning("checkpoint %d is damaged (%s): set aside as %s, trying the one before it", step, damage, aside)
@@ -103,6 +116,7 @@ def restore_latest(store: Store, like: TrainState) -> tuple[TrainState, dict] | 
 def restore(store: Store, step: int, like: TrainState) -> tuple[TrainState, dict]:
     """The checkpoint of `step`, verified, with the structure and shardings of `like`."""
     _verify(store.directory / str(step))
+    meta = read_meta(store, step)
     rest = {"optimizer": like.optimizer, "state": like.state}
     restored = store.manager.restore(
         step,
@@ -116,7 +130,7 @@ def restore(store: Store, step: int, like: TrainState) -> tuple[TrainState, dict
         optimizer=restored["rest"]["optimizer"],
         state=restored["rest"]["state"],
     )
-    return state, read_meta(store, step)
+    return state, meta
 
 
 def read_meta(store: Store, step: int) -> dict:
@@ -179,8 +193,9 @@ def transfer(params: dict, item_ids: np.ndarray, init_from: str, mesh: Mesh) -> 
     path = Path(init_from).expanduser()
     if not path.is_dir():
         raise UserError(f"{path}: no such workdir or checkpoint (config.init_from); nothing was started from scratch")
-    if path.parent.name == "checkpoints":
+    if path.parent.name == "checkpoints" and path.name.isdigit():
         store, step = open_store(path.parent.parent, create=False), int(path.name)
+        _verify(path)
         meta = read_meta(store, step)
     else:
         store, step, meta = best_checkpoint(path)
@@ -188,12 +203,13 @@ def transfer(params: dict, item_ids: np.ndarray, init_from: str, mesh: Mesh) -> 
     old_of = dict(jax.tree_util.tree_leaves_with_path(old))
     wrong = []
     for name, leaf in jax.tree_util.tree_leaves_with_path(params):
-        there = old_of.get(name)
+        there = old_of.pop(name, None)
         is_table = jax.tree_util.keystr(name) == "['items']"
         shapes = (leaf.shape[1:], getattr(there, "shape", (0, "missing"))[1:]) if is_table else (
             leaf.shape, getattr(there, "shape", "missing"))  # fmt: skip
         if shapes[0] != shapes[1]:
             wrong.append(f"  {jax.tree_util.keystr(name)}: here {shapes[0]}, there {shapes[1]}")
+    wrong += [f"  {jax.tree_util.keystr(name)}: here missing, there {leaf.shape}" for name, leaf in old_of.items()]
     if wrong:
         raise UserError(f"{path}: parameters do not fit (config.init_from):\n" + "\n".join(wrong))
     row_of = {item: row for row, item in enumerate(meta["items"], 1)}
@@ -213,7 +229,7 @@ def transfer(params: dict, item_ids: np.ndarray, init_from: str, mesh: Mesh) -> 
     return jax.device_put(merged, shardings_of(mesh, merged)), report
 
 
-class Damaged(Exception):
+class Damaged(UserError):
     """A file of a checkpoint is missing or differs from the manifest."""
 
 
@@ -221,6 +237,26 @@ def _steps(directory: Path, *, whole: bool) -> list[int]:
     """Steps with (whole) or without a manifest, in rising order by number."""
     found = [path for path in directory.iterdir() if path.name.isdigit()]
     return sorted(int(path.name) for path in found if (path / MANIFEST).is_file() == whole)
+
+
+def _best_step(store: Store, step: int) -> int | None:
+    try:
+        return read_meta(store, step)["best_step"]
+    except (OSError, ValueError, KeyError):  # damaged, which is said when it is needed
+        return None
+
+
+def _drop(store: Store, step: int) -> None:
+    """Deletes a checkpoint; whatever a kill leaves of it is invisible."""
+    if jax.process_index() == 0:
+        (store.directory / str(step) / MANIFEST).unlink()
+    store.manager.delete(step)
+
+
+def _names_aside(directory: Path, step: int) -> Iterator[Path]:
+    """damaged-STEP, and others for a step that is damaged again."""
+    yield directory / f"damaged-{step}"
+    yield from (directory / f"damaged-{step}-{again}" for again in itertools.count(2))
 
 
 def _digest(path: Path) -> str:

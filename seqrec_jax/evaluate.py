@@ -1,7 +1,6 @@
 """A model's metrics under a protocol: exact for any batch size and device count."""
 
 import dataclasses
-import gzip
 from pathlib import Path
 
 import jax
@@ -13,6 +12,7 @@ from ml_collections import ConfigDict
 from seqrec_jax import ranking
 from seqrec_jax.data.batches import Batch, Layout, batch_of, history_examples, make_layout, plan_epoch
 from seqrec_jax.data.dataset import SequenceDataset
+from seqrec_jax.data.tables import read_bytes
 from seqrec_jax.errors import UserError
 from seqrec_jax.protocol import Protocol, protocol_of
 from seqrec_jax.sharding import replicate, split_rows
@@ -128,18 +128,14 @@ def negatives_of(dataset: SequenceDataset, config: ConfigDict, users_E: np.ndarr
 
 
 def _read_negatives(dataset: SequenceDataset, path: Path, users_E: np.ndarray) -> np.ndarray:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file (config.eval.negatives)")
     dense = {item: index + 1 for index, item in enumerate(dataset.item_ids.tolist())}
     rows = {}
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as lines:
-        for number, line in enumerate(lines, 1):
-            user, *items = line.split() or [None]
-            unknown = [item for item in items if item not in dense]
-            if unknown:
-                raise UserError(f"{path}:{number}: negative item {unknown[0]} is not in the data")
-            rows[user] = [dense[item] for item in items]
+    for number, line in enumerate(read_bytes(path).decode(errors="replace").splitlines(), 1):
+        user, *items = line.split() or [None]
+        unknown = [item for item in items if item not in dense]
+        if unknown:
+            raise UserError(f"{path}:{number}: negative item {unknown[0]} is not in the data")
+        rows[user] = [dense[item] for item in items]
     missing = [user for user in dataset.user_ids[users_E] if user not in rows]
     if missing:
         raise UserError(f"{path}: no negatives for user {missing[0]} ({len(missing)} users are missing)")
@@ -149,4 +145,7 @@ def _read_negatives(dataset: SequenceDataset, path: Path, users_E: np.ndarray) -
     negatives_UxK = np.zeros((len(dataset.user_ids), widths.pop()), np.int32)
     for user in users_E:
         negatives_UxK[user] = rows[dataset.user_ids[user]]
+        history = dataset.items_A[dataset.offsets_U1[user] : dataset.offsets_U1[user + 1]]
+        if np.isin(history, negatives_UxK[user]).any():
+            raise UserError(f"{path}: a negative of user {dataset.user_ids[user]} is in that user's own history")
     return negatives_UxK

@@ -43,7 +43,8 @@ def run(argv: Sequence[str]) -> int:
 
     if config.mesh.distributed:
         jax.distributed.initialize()
-    validate(config, jax.device_count())
+    if arguments.mode != "recommend":  # which takes all from the checkpoint
+        validate(config, jax.device_count())
     cache = runs.cache_dir(config, workdir) / "programs"
     jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -43,47 +43,49 @@ def count_better(
     users = jnp.arange(states_UxD.shape[0])
 
     def scores_of(index):
-        """Block `index`: (its first row, scores [U, block]), −inf in columns that are no candidates of this block."""
+        """Block `index`: (its first row, scores [U, block], which columns are candidates of this block)."""
         begin = jnp.minimum(index * block, rows - block)  # the last block overlaps the one before
         part = jax.lax.dynamic_slice_in_dim(items_VxD, begin, block)
         ids = begin + jnp.arange(block)
         own = (ids >= index * block) & (ids >= 1) & (ids <= num_items)
         scores = jnp.matmul(states_UxD, part.T, precision=jax.lax.Precision.HIGHEST)
-        return begin, jnp.where(own, scores, -jnp.inf)
+        return begin, scores, own
 
-    def score_at(begin, scores, item_UxH):
-        """The scores of given items, −inf where they lie in other blocks."""
+    def scores_at(begin, scores, own, item_UxH):
+        """(the scores of given items, which of them are candidates of this block)."""
         column = item_UxH - begin
-        found = scores[users[:, None], jnp.clip(column, 0, block - 1)]
-        return jnp.where((column >= 0) & (column < block), found, -jnp.inf)
+        inside = (column >= 0) & (column < block)
+        column = jnp.clip(column, 0, block - 1)
+        return scores[users[:, None], column], inside & own[column]
 
-    def compare(scores, real=True):
+    def compare(scores, real):
         """Per user, (how many scores are above the target's) + MOST_COUNTED * (how many equal it): one pass."""
         weight = jnp.where(~(scores <= score_U[:, None]), 1, 0)
         return jnp.where(real, jnp.where(scores == score_U[:, None], MOST_COUNTED, weight), 0).sum(axis=1)
 
     def count(index, sums):
-        begin, scores = scores_of(index)
-        both = compare(scores)
+        begin, scores, own = scores_of(index)
+        both = compare(scores, own)
         if hidden is not None:
 
             def without_hidden(piece, both):
                 item, real = _hidden_piece(hidden, piece)
-                return both - compare(score_at(begin, scores, item), real & (item != targets_U[:, None]))
+                found, inside = scores_at(begin, scores, own, item)
+                return both - compare(found, inside & real & (item != targets_U[:, None]))
 
             both = jax.lax.fori_loop(0, _pieces(hidden), without_hidden, both)
         return sums[0] + both % MOST_COUNTED, sums[1] + both // MOST_COUNTED
 
     def target_score(index, score_U):
-        return jnp.maximum(score_U, score_at(*scores_of(index), targets_U[:, None])[:, 0])
+        found, inside = scores_at(*scores_of(index), targets_U[:, None])
+        return jnp.where(inside[:, 0], found[:, 0], score_U)
 
     zeros = jnp.zeros(states_UxD.shape[0], jnp.int32)
-    lowest_U = jnp.full(zeros.shape, -jnp.inf)
     if blocks == 1:  # one product serves both
-        score_U = target_score(0, lowest_U)
+        score_U = target_score(0, jnp.zeros(zeros.shape))
         greater_U, tied_U = count(0, (zeros, zeros))
     else:
-        score_U = jax.lax.fori_loop(0, blocks, target_score, lowest_U)
+        score_U = jax.lax.fori_loop(0, blocks, target_score, jnp.zeros(zeros.shape))
         greater_U, tied_U = jax.lax.fori_loop(0, blocks, count, (zeros, zeros))
     tied_U = jnp.maximum(tied_U - 1, 0)  # the target ties with itself
     return greater_U, tied_U, zeros > 0 if hidden is None else _is_hidden(targets_U, hidden)

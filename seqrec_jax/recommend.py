@@ -1,6 +1,7 @@
 """Top-k items for histories never seen, from a checkpoint alone."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,11 +55,10 @@ class Recommender:
             left = len(self.item_ids) - (len(set(items)) if hide_history else 0)
             if not 1 <= k <= left:
                 raise UserError(f"k={k} is out of range for history {number}; allowed: 1 to {left}")
-        score = jax.jit(self._scores)
         result = Recommendations([], [], [])
         for begin in range(0, len(known), GROUP):
             group = known[begin : begin + GROUP]
-            scores_UxV = np.array(score(*self._flat(group)))[: len(group)]
+            scores_UxV = np.array(self._scores(self.params, *self._flat(group)))[: len(group)]
             for items, scores_V in zip(group, scores_UxV, strict=True):
                 scores_V[0] = scores_V[len(self.item_ids) + 1 :] = -np.inf
                 if hide_history:
@@ -79,7 +79,8 @@ class Recommender:
             items[row, : len(recent)], lengths[row] = recent, len(recent)
         return items.reshape(-1), lengths
 
-    def _scores(self, items_A, length_U):
+    @functools.partial(jax.jit, static_argnums=0)  # compiled once for a Recommender
+    def _scores(self, params, items_A, length_U):
         rows = jnp.arange(GROUP)
         batch = rows_of(
             items_A,
@@ -93,9 +94,7 @@ class Recommender:
             last_target_only=False,
             positions=self.positions,
         )
-        return jnp.matmul(
-            self.system.states(self.params, batch), self.params["items"].T, precision=jax.lax.Precision.HIGHEST
-        )
+        return jnp.matmul(self.system.states(params, batch), params["items"].T, precision=jax.lax.Precision.HIGHEST)
 
 
 def load(workdir: str | Path) -> Recommender:

@@ -1,5 +1,6 @@
 """A whole run: data → training → the best checkpoint's metrics → baselines → results.json, table and plots."""
 
+import json
 import logging
 import threading
 from pathlib import Path
@@ -10,9 +11,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from seqrec_jax import checkpoint, report, systems
+from seqrec_jax import config as configuration
 from seqrec_jax.data import batches
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.prepare import prepare, print_report
+from seqrec_jax.errors import UserError
 from seqrec_jax.evaluate import make_evaluator
 from seqrec_jax.protocol import protocol_of
 from seqrec_jax.sharding import make_mesh
@@ -30,6 +33,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, stop: threading.Event)
         settle_config(workdir, config)
         mesh = make_mesh(*mesh_shape(config, jax.device_count()))
         dataset = prepare(config.data, cache_dir(config, workdir))
+        finished = _finished(config, workdir, dataset)
+        if finished:
+            print(f"{workdir}: this run is finished\n{report.table(finished)}")
+            return finished
         layout, dropped = train_layout(config, dataset, mesh)
         data_report = dataset.report | {"targets_dropped": dropped}
         write_json(workdir / "data_report.json", data_report)
@@ -37,9 +44,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, stop: threading.Event)
         results = _results(config, workdir, dataset, layout, mesh, stop)
         for name in config.report.baselines:
             results["baselines"][name] = _baseline(config, workdir, name, dataset, layout, mesh, stop)
-        write_json(workdir / "results.json", results)
         print(report.table(results))
         report.plots(workdir, results)
+        write_json(workdir / "results.json", results)  # the last file: it says that the run is finished
         return results
 
 
@@ -47,6 +54,9 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict:
     """Metrics of the best checkpoint of `workdir` under the protocol of `config`; the data file is read again."""
     mesh = make_mesh(*mesh_shape(config, jax.device_count()))
     store, step, meta = checkpoint.best_checkpoint(workdir)
+    trained = configuration.from_json(json.dumps(meta["config"]))
+    if (config.system, config.encoder.to_dict()) != (trained.system, trained.encoder.to_dict()):
+        raise UserError(f"{workdir} was trained with another system or encoder than the config has: leave --config out")
     dataset = prepare(config.data, cache_dir(config, workdir))
     checkpoint.check_data(meta, dataset, workdir)
     system = systems.build(config, dataset, mesh)
@@ -78,15 +88,24 @@ def cache_dir(config: ConfigDict, workdir: Path) -> Path:
     return Path(config.data.cache_dir).expanduser() if config.data.cache_dir else workdir.parent / ".cache"
 
 
+def _finished(config, workdir, dataset) -> dict | None:
+    """results.json if the same command has written it."""
+    path = workdir / "results.json"
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    if results.get("config_hash") != configuration.config_hash(config):
+        return None
+    checkpoint.check_data({"dataset_hash": results["dataset"]["hash"]}, dataset, workdir)
+    return results
+
+
 def _results(config, workdir, dataset, layout, mesh, stop) -> dict:
     system = systems.build(config, dataset, mesh)
     results = _header(config, dataset)
     if system.loss is None:
         params = system.init(jax.random.key(config.seed))
         state = TrainState(jnp.int32(0), params, {}, {})
-        checkpoint.save(
-            checkpoint.open_store(workdir, create=True), state, identity(config, dataset) | {"best_step": 0}
-        )
+        store = checkpoint.open_store(workdir, create=True)
+        checkpoint.save(store, state, identity(config, dataset) | {"best_step": 0})
         return results | _metrics(config, dataset, system, params, mesh) | {"steps": 0, "train_seconds": 0.0}
     validate = make_evaluator(dataset, config, "valid", mesh)
     state, progress, parent = train(config, workdir, dataset, system, layout, validate, mesh, stop)
@@ -117,6 +136,7 @@ def _header(config, dataset) -> dict:
         "loss": config.loss.next_item,
         "targets": config.train.targets,
         "seed": config.seed,
+        "config_hash": configuration.config_hash(config),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "baselines": {},
     }

@@ -92,7 +92,7 @@ def train(
     eval_every = config.eval.every or layout.steps
     save_every = config.train.save_every or eval_every
     plan, plan_epoch_number = None, -1
-    lines = Log(workdir, step)
+    lines = Log(workdir, step, progress.validated_step)
     bar = tqdm(total=total, initial=step, unit="step", desc=config.name, disable=jax.process_index() > 0)
 
     def save():
@@ -124,7 +124,8 @@ def train(
             progress.train_seconds += seconds
             _log_steps(lines, bar, sums, step, until, layout.steps, seconds)
             step = until
-            if step % save_every == 0 and step % eval_every:
+            ends = step >= total or _exhausted(config, progress)
+            if step % save_every == 0 and step % eval_every and not ends:  # else saved with what validation says
                 save()
     return state, progress, parent
 

@@ -46,7 +46,7 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def settle_config(workdir: Path, config: ConfigDict) -> None:
-    """Writes config.json; refuses to resume a run under a config that would compute something else."""
+    """Writes config.json if it is new; refuses to resume a run under a config that would compute something else."""
     path = workdir / "config.json"
     if path.is_file():
         old, new = flatten(configuration.from_json(path.read_text())), flatten(config)
@@ -57,21 +57,24 @@ def settle_config(workdir: Path, config: ConfigDict) -> None:
             raise UserError(
                 f"{path} was made with another config; take it back or name another --workdir:\n" + "\n".join(changed)
             )
+        if old == new:
+            return
     configuration.save(config, path)
 
 
 class Log:
     """metrics.jsonl (one object a line) and TensorBoard events; on one process of several."""
 
-    def __init__(self, workdir: Path, step: int):
+    def __init__(self, workdir: Path, step: int, validated_step: int):
         """Opens the log of a run that continues after `step`: later or torn lines are taken back."""
+        last = {"train": step, "valid": validated_step}
         self.writes = jax.process_index() == 0
         if not self.writes:
             return
         from tensorboardX import SummaryWriter
 
         self.path = workdir / "metrics.jsonl"
-        kept = [json.dumps(line) + "\n" for line in read_lines(self.path) if line["step"] <= step]
+        kept = [json.dumps(line) + "\n" for line in read_lines(self.path) if line["step"] <= last[line["kind"]]]
         part = self.path.with_name("metrics.jsonl.part")
         part.write_text("".join(kept))
         os.replace(part, self.path)

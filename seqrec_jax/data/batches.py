@@ -149,16 +149,15 @@ def make_layout(
     `row_multiple`: devices that share the rows; it appends empty rows, which changes no draw and no value.
     """
     count = len(examples.length_E)
-    if packed:
-        row_S, column_S, length_S = pack(examples.length_E, width)
-        class_E = examples.length_E
-    else:
+    steps = -(-count // batch_size)
+    class_E = examples.length_E
+    row_S, column_S, length_S = pack(examples.length_E, width)
+    if not packed or row_S.max() + 1 < steps:  # with fewer rows than steps, some steps would be empty
         row_S, column_S, length_S = np.arange(count), np.zeros(count, int), np.zeros(count, int)
         class_E = np.zeros(count, np.int32)
     slots_R = np.bincount(row_S)
     by_count = np.argsort(-slots_R, kind="stable")
     row_S = np.argsort(by_count, kind="stable")[row_S]
-    steps = -(-count // batch_size)
     rows = -(-len(slots_R) // steps)
     first_R1 = np.zeros(steps * rows + 1, np.int64)
     first_R1[1 : len(slots_R) + 1] = slots_R[by_count]

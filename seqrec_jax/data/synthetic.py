@@ -2,44 +2,48 @@
 
 import numpy as np
 
-CLUSTERS = 20
-FOLLOW = 0.35  # share of actions that follow the previous item's own successor
-DRIFT = 0.15  # share of actions after which a user's current interest moves on
-NOISE = 0.10  # share of actions that come from anywhere, by popularity
+CLUSTERS = 25
+FOLLOW = 0.35  # share of actions that go to a successor of the previous item, so that order matters
+NOISE = 0.15  # share of actions that come from anywhere, by popularity
+DRIFT = 0.15  # chance, after an action, that the user's current interest moves on
+SUCCESSORS = 3  # an item has so many; they lie in its own cluster
 
 
 def synthetic_table(users: int, items: int, seed: int) -> list[np.ndarray]:
-    """One array of item ids (1..items) per user, oldest first, 5 to 60 long.
+    """One array of item ids (1..items) per user, oldest first, 5 to 60 long, without repeats.
 
-    Items fall into clusters and have Zipf popularity. A user has two long-term interests (clusters) and a current one,
-    which drifts along a ring. The next item is the previous item's successor (so order matters), an item of the current
-    cluster by popularity, or noise.
+    Items fall into clusters and have Zipf popularity. A user has two lasting interests (clusters) and acts on one at a
+    time; it drifts to the other, or on along a ring of clusters. An action is a successor of the previous item, an
+    item of the current cluster by popularity, or noise.
     """
     generator = np.random.default_rng(seed)
-    cluster_V = generator.integers(0, CLUSTERS, items)
     weight_V = 1 / np.arange(1, items + 1) ** 0.8
     generator.shuffle(weight_V)
-    members = [np.flatnonzero(cluster_V == c) for c in range(CLUSTERS)]
-    members = [m if len(m) else np.arange(items) for m in members]
-    shares = [weight_V[m] / weight_V[m].sum() for m in members]
-    popularity_V = weight_V / weight_V.sum()
-    successor_V = np.array([generator.choice(members[c], p=shares[c]) for c in cluster_V])
-    lengths_U = np.clip(5 + generator.geometric(0.16, users) - 1, 5, 60)
-    return [_history(generator, length, members, shares, successor_V, popularity_V) for length in lengths_U]
+    order_V = generator.permutation(items)
+    members = [part for part in np.array_split(order_V, min(CLUSTERS, items)) if len(part)]
+    shares = [np.cumsum(weight_V[part]) / weight_V[part].sum() for part in members]
+    anywhere = np.cumsum(weight_V) / weight_V.sum()
+    successors = np.zeros((items, SUCCESSORS), int)
+    for part, share in zip(members, shares, strict=True):
+        successors[part] = part[np.searchsorted(share, generator.random((len(part), SUCCESSORS)))]
+    lengths_U = np.clip(5 + generator.geometric(0.18, users) - 1, 5, min(60, items))
+    return [_history(generator, length, members, shares, anywhere, successors) for length in lengths_U]
 
 
-def _history(generator, length, members, shares, successor_V, popularity_V) -> np.ndarray:
-    interests = generator.integers(0, CLUSTERS, 2)
-    current, item, history = interests[0], None, []
-    for _ in range(length):
-        kind = generator.random()
-        if item is not None and kind < FOLLOW:
-            item = successor_V[item]
+def _history(generator, length, members, shares, anywhere, successors) -> np.ndarray:
+    interests = generator.integers(0, len(members), 2)
+    current, history = interests[0], []
+    while len(history) < length:
+        kind, draw = generator.random(2)
+        if history and kind < FOLLOW:
+            item = generator.choice(successors[history[-1]])
         elif kind > 1 - NOISE:
-            item = generator.choice(len(popularity_V), p=popularity_V)
+            item = np.searchsorted(anywhere, draw)
         else:
-            item = generator.choice(members[current], p=shares[current])
+            item = members[current][np.searchsorted(shares[current], draw)]
         if generator.random() < DRIFT:
-            current = interests[generator.integers(2)] if generator.random() < 0.7 else (current + 1) % CLUSTERS
-        history.append(item + 1)
-    return np.array(history)
+            back = generator.random() < 0.7
+            current = interests[generator.integers(2)] if back else (current + 1) % len(members)
+        if item not in history:
+            history.append(int(item))
+    return np.array(history) + 1

@@ -60,4 +60,7 @@ def augmented_batch(key, batch, items_A, config, hparams, mask_item):
     inputs_U, positions = jnp.maximum(length_U - 1, 0), config.encoder.positions
     view = place(view_UxL1[:, :-1], inputs_U, batch, positions)
     next_RxL = place(view_UxL1[:, 1:], inputs_U, batch, positions).items_RxL
+    if config.train.targets == "prefix":  # the earlier targets are other examples' own
+        is_last_N = jnp.zeros(next_RxL.size, bool).at[view.last_U].max(inputs_U > 0)
+        next_RxL = jnp.where(is_last_N.reshape(next_RxL.shape), next_RxL, 0)
     return view.replace(targets_RxL=jnp.where(next_RxL == mask_item, 0, next_RxL))

@@ -1,0 +1,172 @@
+"""Exact softmax cross-entropy over a table of columns, without ever holding all logits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+P = PartitionSpec
+SAFE = 40.0  # logits within ±SAFE may be shifted by that bound instead of their maximum: nothing underflows
+MANY_COLUMNS = 2**16  # above this, one row of logits is large: tiles of columns with a running log-sum-exp
+TILE_COLUMNS = 2**11
+
+
+def softmax_loss(
+    hidden_NxD: jax.Array,
+    positive_NxD: jax.Array,
+    columns_CxD: jax.Array,
+    column_bias_C: jax.Array,
+    targets_N: jax.Array,
+    mesh: Mesh,
+    *,
+    column_ids_C: jax.Array | None = None,
+    positive_bias_N: jax.Array | None = None,
+    chunk: int | None = None,
+) -> jax.Array:
+    """Mean over real targets (targets_N > 0) of −log softmax of the target's score.
+
+    `positive_NxD` holds the targets' embeddings, `column_bias_C` is added to the columns' logits (−inf removes one).
+    Without `column_ids_C` the columns are the whole table, targets among them; with it they are negatives: a column
+    whose id is the row's target is left out, and the positive (plus `positive_bias_N`) joins the sum.
+
+    Walks over chunks of real targets, with a traced number of chunks, and makes loss and all gradients at once: nothing
+    is computed twice and padding costs nothing; `chunk * C` is the largest array, or a tile of it where C is large.
+    Rows are split over the mesh's "data", columns over its "model".
+    """
+    rows, columns = P("data"), P("model")
+    arrays = (hidden_NxD, positive_NxD, columns_CxD, column_bias_C, targets_N, column_ids_C, positive_bias_N)
+    specs = (rows, rows, columns, columns, rows, *((None, None) if column_ids_C is None else (columns, rows)))
+    total, count = _sums(mesh, specs, chunk or chunk_rows(columns_CxD.shape[0]), *arrays)
+    return total / jnp.maximum(count, 1)
+
+
+def chunk_rows(columns: int) -> int:
+    """Rows walked at once: a tile of logits that stays in cache on a CPU and fills an accelerator."""
+    logits = 2**21 if jax.default_backend() == "cpu" else 2**27
+    return int(np.clip(logits // min(columns, TILE_COLUMNS if columns > MANY_COLUMNS else columns), 8, 8192))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _sums(mesh, specs, chunk, *arrays):
+    return _forward(mesh, specs, chunk, *arrays)[0]
+
+
+def _forward(mesh, specs, chunk, *arrays):
+    walk = jax.shard_map(
+        functools.partial(_walk, chunk=chunk),
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=(P(), P(), P("data"), P("data"), P("model")),
+        check_vma=False,
+    )
+    total, count, *gradients = walk(*arrays)
+    return (total, count), gradients
+
+
+def _backward(mesh, specs, chunk, gradients, cotangents):
+    d_hidden, d_positive, d_columns = (cotangents[0] * gradient for gradient in gradients)
+    return d_hidden, d_positive, d_columns, None, None, None, None
+
+
+_sums.defvjp(_forward, _backward)
+
+
+def _walk(hidden_NxD, positive_NxD, columns_CxD, column_bias_C, targets_N, column_ids_C, positive_bias_N, *, chunk):
+    """One device's rows and columns: (loss sum, target count, d hidden, d positive, d columns)."""
+    rows, dim = hidden_NxD.shape
+    chunk = min(chunk, rows)
+    real_N = targets_N > 0
+    count = real_N.sum()
+    # Real rows first. Filled up to whole chunks, because dynamic_slice would clamp a last partial one.
+    order = jnp.argsort(~real_N, stable=True)
+    order = jnp.concatenate([order, jnp.full(-rows % chunk, rows, order.dtype)])
+    # The column of ones makes the sum of the exponentials in the same product as their weighted sum of embeddings.
+    wide_CxD1 = jnp.concatenate([columns_CxD, jnp.ones((columns_CxD.shape[0], 1))], axis=1)
+    longest = jax.lax.pmax(jnp.sqrt((columns_CxD**2).sum(axis=1).max()), "model")
+    highest_bias = jax.lax.pmax(column_bias_C.max(), "model")
+    exponentials = _tiled if columns_CxD.shape[0] > MANY_COLUMNS else _whole
+
+    def add_chunk(index, sums):
+        total, d_hidden, d_positive, d_columns = sums
+        place_M = jax.lax.dynamic_slice(order, (index * chunk,), (chunk,))
+        real_M = index * chunk + jnp.arange(chunk) < count
+        take = lambda x_N: x_N.at[place_M].get(mode="fill", fill_value=0)  # noqa: E731
+        hidden_MxD, positive_MxD, target_M = take(hidden_NxD), take(positive_NxD), take(targets_N)
+        score_M = (hidden_MxD * positive_MxD).sum(axis=1)
+        score_M += 0.0 if positive_bias_N is None else take(positive_bias_N)
+
+        def logits(begin, width):
+            """Of columns begin .. begin + width."""
+            part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=begin, slice_size=width)
+            found = hidden_MxD @ part(columns_CxD).T + part(column_bias_C)
+            if column_ids_C is None:
+                return found
+            return jnp.where(part(column_ids_C) == target_M[:, None], -jnp.inf, found)
+
+        bound_M = jnp.sqrt((hidden_MxD**2).sum(axis=1)) * longest + jnp.maximum(highest_bias, 0)
+        top_M, summed_MxD1, push_columns = exponentials(logits, wide_CxD1, jnp.maximum(bound_M, score_M), score_M)
+        joins_M = 0.0 if column_ids_C is None else jnp.exp(score_M - top_M)
+        sum_M = summed_MxD1[:, dim] + joins_M
+        total += jnp.where(real_M, jnp.log(sum_M) + top_M - score_M, 0).sum()
+
+        share_M = jnp.where(real_M, 1 / sum_M, 0)
+        push_M = joins_M * share_M - real_M  # p(target), if it joins, − 1
+        d_hidden_MxD = summed_MxD1[:, :dim] * share_M[:, None] + push_M[:, None] * positive_MxD
+        d_hidden = d_hidden.at[place_M].set(d_hidden_MxD, mode="drop")
+        d_positive = d_positive.at[place_M].set(push_M[:, None] * hidden_MxD, mode="drop")
+        return total, d_hidden, d_positive, push_columns(d_columns, hidden_MxD * share_M[:, None])
+
+    zeros = (jnp.float32(0), jnp.zeros_like(hidden_NxD), jnp.zeros_like(hidden_NxD), jnp.zeros_like(columns_CxD))
+    total, d_hidden, d_positive, d_columns = jax.lax.fori_loop(0, -(-count // chunk), add_chunk, zeros)
+    total, count, d_columns = jax.lax.psum((total, count, d_columns), "data")
+    return total, count, d_hidden, d_positive, d_columns
+
+
+def _whole(logits, wide_CxD1, bound_M, score_M):
+    """All columns at once: (shift [M], exp(logits − shift) @ wide summed over devices, how to add to d columns)."""
+    logits_MxC = logits(0, wide_CxD1.shape[0])
+    top_M = jax.lax.cond(  # the bound saves a pass over the logits
+        bound_M.max() < SAFE,
+        lambda: bound_M,
+        lambda: jax.lax.pmax(jnp.maximum(logits_MxC.max(axis=1), score_M), "model"),
+    )
+    exp_MxC = jnp.exp(logits_MxC - top_M[:, None])
+    summed_MxD1 = jax.lax.psum(exp_MxC @ wide_CxD1, "model")
+    return top_M, summed_MxD1, lambda d_columns, shares_MxD: d_columns + exp_MxC.T @ shares_MxD
+
+
+def _tiled(logits, wide_CxD1, bound_M, score_M):
+    """The same in tiles of columns with a running maximum; the gradient of the columns walks over them once more."""
+    columns, width = wide_CxD1.shape[0], TILE_COLUMNS
+    tiles = -(-columns // width)
+
+    def tile(index):
+        """(first column, its logits): the last tile overlaps the one before, whose columns it leaves out."""
+        begin = jnp.minimum(index * width, columns - width)
+        return begin, jnp.where(begin + jnp.arange(width) >= index * width, logits(begin, width), -jnp.inf)
+
+    def add_tile(index, sums):
+        top_M, summed_MxD1 = sums
+        begin, logits_MxT = tile(index)
+        higher_M = jnp.maximum(top_M, logits_MxT.max(axis=1))
+        exp_MxT = jnp.exp(logits_MxT - higher_M[:, None])
+        added = exp_MxT @ jax.lax.dynamic_slice_in_dim(wide_CxD1, begin, width)
+        return higher_M, summed_MxD1 * jnp.exp(top_M - higher_M)[:, None] + added
+
+    start = (score_M, jnp.zeros((score_M.shape[0], wide_CxD1.shape[1])))
+    local_M, summed_MxD1 = jax.lax.fori_loop(0, tiles, add_tile, start)
+    top_M = jax.lax.pmax(local_M, "model")
+    summed_MxD1 = jax.lax.psum(summed_MxD1 * jnp.exp(local_M - top_M)[:, None], "model")
+
+    def push_columns(d_columns, shares_MxD):
+        def add(index, d_columns):
+            begin, logits_MxT = tile(index)
+            pushed = jnp.exp(logits_MxT - top_M[:, None]).T @ shares_MxD
+            old = jax.lax.dynamic_slice_in_dim(d_columns, begin, width)
+            return jax.lax.dynamic_update_slice_in_dim(d_columns, old + pushed, begin, 0)
+
+        return jax.lax.fori_loop(0, tiles, add, d_columns)
+
+    return top_M, summed_MxD1, push_columns

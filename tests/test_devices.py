@@ -1,0 +1,86 @@
+"""One device and eight: the same losses, and checkpoints that move between them. Each in a process of its own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {
+    "data.synthetic_users": 100, "data.synthetic_items": 300, "encoder.max_length": 16, "encoder.dim": 8,
+    "encoder.ffn": 16, "encoder.layers": 1, "train.batch_size": 24, "train.log_every": 1, "report.baselines": "",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Prepared data and compiled programs, one folder for the whole session."""
+    return tmp_path_factory.getbasetemp() / "cache"
+
+
+def losses(cache, workdir, devices, system, mesh=(), *, steps=5):
+    """Trains to `steps` in a new process with forced CPU devices and returns the loss of every step so far."""
+    process = start(cache, workdir, devices, system, mesh, steps=steps)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert json.loads((workdir / "results.json").read_text())["device"] == f"{devices} x cpu"
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def start(cache, workdir, devices, system, mesh=(), *, steps=5, **changes):
+    values = TINY | {"data.cache_dir": cache, "train.max_steps": steps}
+    values |= {f"mesh.{name}": size for name, size in mesh}
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    command = [sys.executable, "-m", "seqrec_jax.main", f"--config={ROOT / 'configs' / system}.py",
+               f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in values.items())]  # fmt: skip
+    # A thread for each device: collectives would wait for one another on few cores.
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PJRT_NPROC": "16"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def single(cache, tmp_path_factory):
+    """workdir_of(system): a run of 5 steps on one device and the losses of 7, each made once."""
+    made = {}
+
+    def workdir_of(system):
+        if system not in made:
+            folder = tmp_path_factory.mktemp("single")
+            losses(cache, folder / "five", 1, system)
+            shutil.copytree(folder / "five", folder / "seven")
+            made[system] = folder / "five", losses(cache, folder / "seven", 1, system, steps=7)
+        return made[system]
+
+    return workdir_of
+
+
+@pytest.mark.parametrize(
+    ("system", "mesh"),
+    [
+        ("sasrec", (("data", 8),)),
+        ("cl4srec", (("data", 8),)),
+        ("sasrec", (("data", 4), ("model", 2))),
+        pytest.param("cl4srec", (("data", 4), ("model", 2)), marks=pytest.mark.slow),
+    ],
+    ids=["sasrec 8", "cl4srec 8", "sasrec 4x2", "cl4srec 4x2"],
+)
+def test_eight_devices_give_the_losses_of_one(cache, single, tmp_path, system, mesh):
+    _, expected = single(system)
+    assert losses(cache, tmp_path, 8, system, mesh) == pytest.approx(expected[:5], rel=1e-5)
+
+
+def test_checkpoint_moves_from_one_device_to_eight_and_back(cache, single, tmp_path):
+    five, expected = single("sasrec")
+    shutil.copytree(five, tmp_path / "run")
+    mesh = (("data", 4), ("model", 2))
+    assert losses(cache, tmp_path / "run", 8, "sasrec", mesh, steps=6) == pytest.approx(expected[:6], rel=1e-5)
+    assert losses(cache, tmp_path / "run", 1, "sasrec", steps=7) == pytest.approx(expected, rel=1e-5)
+
+
+def test_batch_that_eight_devices_do_not_divide_is_refused(cache, tmp_path):
+    process = start(cache, tmp_path, 8, "sasrec", train__batch_size=20)
+    assert process.returncode == 2 and "train.batch_size=20 is not divisible by the 8 devices" in process.stderr

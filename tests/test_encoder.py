@@ -1,0 +1,237 @@
+"""The Transformer against a numpy float64 statement of it, and what may see what by exact gradients."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import FrozenConfigDict
+
+from configs import base
+from seqrec_jax.data.batches import Batch
+from seqrec_jax.encoders import transformer
+
+LENGTH, DIM = 6, 4
+start = jax.jit(transformer.init, static_argnums=(1, 2))
+RATES = {"embedding_dropout": 0.0, "hidden_dropout": 0.0}
+
+
+def config_of(original=False, layers=1, **changes):
+    config = base.get_config()
+    if original:
+        base.original_backbone(config)
+    config.encoder.update(max_length=LENGTH, dim=DIM, heads=2, ffn=5, layers=layers, init_scale=0.5, **changes)
+    return FrozenConfigDict(config.encoder)
+
+
+def batch_of(segments):
+    """Rows with these segments; positions count from the left edge of the row."""
+    segments = np.array(segments)
+    items = np.where(segments > 0, np.arange(segments.size).reshape(segments.shape) % 20 + 1, 0)
+    ends = [np.flatnonzero(segments == s)[-1] for s in range(1, segments.max() + 1)]
+    last = jnp.array(ends)
+    ones = jnp.ones(len(ends), jnp.int32)
+    return Batch(
+        items_RxL=jnp.array(items), segments_RxL=jnp.array(segments), targets_RxL=jnp.zeros_like(items),
+        positions_RxL=jnp.broadcast_to(jnp.arange(LENGTH), segments.shape), users_U=ones, start_U=ones,
+        length_U=ones, row_U=last // LENGTH, column_U=last % LENGTH,
+    )  # fmt: skip
+
+
+def parameters(config):
+    """Fresh parameters with random biases and norms, so that none of them can be forgotten."""
+    params = start(jax.random.key(0), config, 20)
+    generator = np.random.default_rng(0)
+    return jax.tree.map(lambda x: x + 0.3 * generator.normal(size=x.shape).astype(np.float32), params)
+
+
+def influence(config, segments, causal=True):
+    """[cell out, cell in]: the largest |derivative| of any state entry with respect to any embedding entry."""
+    model, batch = transformer.Transformer(config, causal), batch_of(segments)
+    params = {"params": parameters(config)["encoder"]}
+    embedded = np.random.default_rng(1).normal(size=(*batch.items_RxL.shape, DIM)).astype(np.float32)
+    run = lambda x: model.apply(params, x, batch.positions_RxL, batch.segments_RxL, None, 0.0, 0.0)  # noqa: E731
+    jacobian = np.asarray(jax.jit(jax.jacrev(run))(embedded))
+    cells = batch.items_RxL.size
+    return np.abs(jacobian.reshape(cells, DIM, cells, DIM)).max(axis=(1, 3))
+
+
+# What sees what -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_a_causal_state_depends_on_the_past_alone(original):
+    seen = influence(config_of(original), [[1] * LENGTH])
+    allowed = np.tril(np.ones((LENGTH, LENGTH), bool))
+    assert (seen[~allowed] == 0).all() and (seen[allowed] > 0).all()
+
+
+def test_a_bidirectional_state_depends_on_the_whole_history():
+    assert (influence(config_of(), [[1] * LENGTH], causal=False) > 0).all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_histories_do_not_see_each_other_nor_padding(causal):
+    segments = np.array([[2, 2, 0, 1, 1, 1], [3, 0, 4, 4, 4, 0]])
+    seen = influence(config_of(), segments, causal)
+    flat = segments.ravel()
+    same = (flat[:, None] == flat[None]) & (flat > 0)
+    allowed = same & (np.tril(np.ones((12, 12), bool)) if causal else True)
+    real = flat > 0
+    assert (seen[real] > 0).tolist() == allowed[real].tolist()
+
+
+def test_a_packed_history_has_the_state_it_has_alone():
+    config = config_of()
+    params = parameters(config)
+    encode = jax.jit(lambda batch: transformer.encode(params, batch, config, None, RATES))
+    packed = batch_of([[1, 1, 2, 2, 2, 0]])
+    alone = batch_of([[0, 0, 1, 1, 1, 0]])
+    noisy = alone.replace(items_RxL=alone.items_RxL.at[0, 5].set(7), positions_RxL=alone.positions_RxL.at[0, 0].set(5))
+    states = encode(packed)[0, 2:5]
+    alone = alone.replace(items_RxL=packed.items_RxL * (alone.segments_RxL > 0))
+    np.testing.assert_allclose(encode(alone)[0, 2:5], states, rtol=1e-5, atol=1e-6)
+    assert (encode(noisy)[0, 2:5] == encode(alone)[0, 2:5]).all()  # whatever stands in padding
+
+
+def test_last_states_are_those_of_the_last_items():
+    batch = batch_of([[1, 1, 2, 2, 2, 0], [0, 3, 3, 3, 3, 4]])
+    hidden = jnp.arange(2 * LENGTH * 3.0).reshape(2, LENGTH, 3)
+    assert transformer.last_states(hidden, batch).tolist() == [
+        hidden[row, column].tolist() for row, column in ((0, 1), (0, 4), (1, 4), (1, 5))
+    ]
+
+
+# The formula ----------------------------------------------------------------------------------------------------------
+
+
+def norm(x, p, epsilon):
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + epsilon) * p["scale"] + p["bias"]
+
+
+def dense(x, p):
+    return x @ p["kernel"] + p["bias"]
+
+
+def attention(query, others, p, heads, visible):
+    """Head by head, cell by cell."""
+    q, k, v = dense(query, p["query"]), dense(others, p["key"]), dense(others, p["value"])
+    width, mixed = q.shape[1] // heads, np.zeros_like(q)
+    for head in range(heads):
+        part = slice(head * width, (head + 1) * width)
+        for cell in range(len(q)):
+            seen = np.flatnonzero(visible[cell])
+            weight = np.exp(k[seen, part] @ q[cell, part] / math.sqrt(width))
+            mixed[cell, part] = weight / weight.sum() @ v[seen, part]
+    return dense(mixed, p["output"])
+
+
+def feed_forward(x, p, activation):
+    gelu = np.vectorize(lambda z: z * 0.5 * (1 + math.erf(z / math.sqrt(2))))
+    inner = dense(x, p["inner"])
+    return dense(gelu(inner) if activation == "gelu" else np.maximum(inner, 0), p["outer"])
+
+
+def block(x, p, config, visible):
+    epsilon = config.norm_epsilon
+    if config.norm == "post":
+        x = norm(x + attention(x, x, p, config.heads, visible), p["norm_attention"], epsilon)
+        return norm(x + feed_forward(x, p, config.activation), p["norm_ffn"], epsilon)
+    if config.norm == "pre":
+        y = norm(x, p["norm_attention"], epsilon)
+        x = x + attention(y, y, p, config.heads, visible)
+        return x + feed_forward(norm(x, p["norm_ffn"], epsilon), p, config.activation)
+    query = norm(x, p["norm_attention"], epsilon)  # SASRec: keys and values are not normed, the residual is
+    x = norm(query + attention(query, x, p, config.heads, visible), p["norm_ffn"], epsilon)
+    return x + feed_forward(x, p, config.activation)
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"), [("post", "gelu"), ("post", "relu"), ("pre", "gelu"), ("query", "relu")]
+)
+def test_a_block_equals_its_formula(name, activation):
+    config = config_of(norm=name, activation=activation)
+    p = parameters(config)["encoder"]["block_0"]
+    x = np.random.default_rng(2).normal(size=(LENGTH, DIM))
+    visible = np.tril(np.ones((LENGTH, LENGTH), bool))
+    model = transformer.Block(config, transformer.initializer(config))
+    found = jax.jit(lambda x: model.apply({"params": p}, x, visible[None], None, 0.0))(x[None].astype(np.float32))
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), p)
+    np.testing.assert_allclose(found[0], block(x, wide, config, visible), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_the_encoder_equals_its_formula(original):
+    config = config_of(original, layers=2)
+    params = parameters(config)
+    batch = batch_of([[1, 1, 1, 1, 0, 0]])
+    found = jax.jit(lambda b: transformer.encode(params, b, config, None, RATES))(batch)[0, :4]
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    p, x = wide["encoder"], wide["items"][np.asarray(batch.items_RxL[0, :4])]
+    x = (x * math.sqrt(DIM) if original else x) + p["positions"][:4]
+    x = x if original else norm(x, p["norm_input"], config.norm_epsilon)
+    for layer in range(2):
+        x = block(x, p[f"block_{layer}"], config, np.tril(np.ones((4, 4), bool)))
+    x = norm(x, p["norm_output"], config.norm_epsilon) if original else x
+    np.testing.assert_allclose(found, x, rtol=1e-3, atol=1e-4)
+
+
+def test_bfloat16_is_close_to_float32_and_keeps_float32_outside():
+    batch, states = batch_of([[1, 1, 1, 2, 2, 0]]), {}
+    for dtype in ("float32", "bfloat16"):
+        config = config_of(dtype=dtype)
+        params = parameters(config)
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+        states[dtype] = jax.jit(lambda b, p=params, c=config: transformer.encode(p, b, c, None, RATES))(batch)[0, :5]
+        assert states[dtype].dtype == jnp.float32
+    gap = np.abs(states["float32"] - states["bfloat16"]).max()
+    assert 0 < gap < 0.1
+
+
+# Start and dropout ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("init", "bound", "spread"), [("truncated_normal", 1.0, 0.5397), ("normal", 6.0, 1.0)])
+def test_tables_and_kernels_start_within_their_bounds(init, bound, spread):
+    config = config_of(init=init, layers=2)
+    params = start(jax.random.key(0), config, 2000)
+    assert params["items"].shape == (2048, DIM)
+    block = params["encoder"]["block_1"]
+    drawn = [params["items"], params["encoder"]["positions"], block["query"]["kernel"], block["inner"]["kernel"]]
+    assert all(np.abs(x).max() <= bound * 0.5 for x in drawn)
+    assert np.std(params["items"]) == pytest.approx(spread * 0.5, rel=0.03)
+    assert not block["query"]["bias"].any() and (block["norm_ffn"]["scale"] == 1).all()
+    assert not np.array_equal(block["query"]["kernel"], params["encoder"]["block_0"]["query"]["kernel"])
+
+
+def test_the_table_has_room_for_padding_and_the_mask_and_divides():
+    for items in (1, 61, 62, 63, 64, 126, 127, 12101):
+        rows = transformer.table_rows(items)
+        assert rows % 64 == 0 and items + 2 <= rows < items + 2 + 64
+
+
+def test_dropout_zeroes_a_share_and_keeps_the_mean():
+    drop = jax.jit(transformer.dropout)
+    x = np.full((200, 200), 3.0, np.float32)
+    for rate in (0.0, 0.1, 0.5, 0.9):
+        y = np.asarray(drop(jax.random.key(1), x, rate))
+        assert abs((y == 0).mean() - rate) < 0.01 and y.mean() == pytest.approx(3, rel=0.03)
+        np.testing.assert_allclose(y[y != 0], 3 / (1 - rate), rtol=1e-4)
+    assert drop._cache_size() == 1
+    assert transformer.dropout(None, x, 0.5) is x
+
+
+def test_dropout_of_the_encoder_follows_its_key_and_its_rates():
+    config = config_of()
+    params, batch = parameters(config), batch_of([[1, 1, 1, 2, 2, 2]])
+    encode = jax.jit(lambda key, hparams: transformer.encode(params, batch, config, key, hparams))
+    plain = encode(None, RATES)
+    one, other = jax.random.split(jax.random.key(0))
+    np.testing.assert_allclose(encode(one, RATES), plain, rtol=1e-5, atol=1e-6)
+    for name in RATES:
+        dropped = encode(one, RATES | {name: 0.5})
+        assert not np.allclose(dropped, plain, atol=1e-3)
+        assert not np.allclose(dropped, encode(other, RATES | {name: 0.5}), atol=1e-3)
+    assert encode._cache_size() == 2  # with and without a key; rates compile nothing

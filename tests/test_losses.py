@@ -1,0 +1,296 @@
+"""Losses and their gradients against float64 numpy: values by definition, gradients by central differences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.base import get_config
+from seqrec_jax.data import batches
+from seqrec_jax.data.dataset import SequenceDataset
+from seqrec_jax.losses import negatives, next_item, softmax
+from seqrec_jax.losses.contrastive import info_nce
+from seqrec_jax.sharding import make_mesh
+
+ITEMS, ROWS, DIM = 13, 16, 3  # row 0 is padding, rows 14 and 15 are special
+TARGETS = np.array([0, 3, 13, 0, 0, 3, 1, 7, 0, 12, 5, 3, 0, 9, 2, 0, 6])  # 11 real ones
+
+
+def arrays(seed=0, scale=1.0, junk=50.0):
+    """(hidden_NxD, items_VxD), with `junk` in the rows where no item is: a loss that looks at them shows it."""
+    generator = np.random.default_rng(seed)
+    hidden, items = generator.normal(size=(len(TARGETS), DIM)) * scale, generator.normal(size=(ROWS, DIM))
+    items[[0, 14, 15]] = junk
+    return hidden.astype(np.float32), items.astype(np.float32)
+
+
+def numeric_gradient(function, x, step=1e-5):
+    x = x.astype(np.float64)
+    gradient = np.zeros_like(x)
+    for place in np.ndindex(*x.shape):
+        high, low = x.copy(), x.copy()
+        high[place] += step
+        low[place] -= step
+        gradient[place] = (function(high) - function(low)) / (2 * step)
+    return gradient
+
+
+def assert_matches(loss, oracle, *inputs):
+    """Value and the gradients with respect to all inputs."""
+    value, gradients = jax.jit(jax.value_and_grad(loss, tuple(range(len(inputs)))))(*map(jnp.asarray, inputs))
+    wide = [x.astype(np.float64) for x in inputs]
+    np.testing.assert_allclose(value, oracle(*wide), rtol=2e-5, atol=1e-6)
+    for place, gradient in enumerate(gradients):
+        expected = numeric_gradient(lambda x, i=place: oracle(*wide[:i], x, *wide[i + 1 :]), wide[place])
+        np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=2e-5)
+
+
+def cross_entropy(scores, positive):
+    """−log softmax of entry `positive`."""
+    top = scores.max()
+    return np.log(np.exp(scores - top).sum()) + top - scores[positive]
+
+
+def full_oracle(hidden, items):
+    real = np.flatnonzero(TARGETS)
+    return np.mean([cross_entropy(items[1 : ITEMS + 1] @ hidden[n], TARGETS[n] - 1) for n in real])
+
+
+def sampled_oracle(hidden, items, drawn, log_q):
+    """A negative that is the row's target does not count in that row; drawn twice, it counts twice."""
+    values = []
+    for n in np.flatnonzero(TARGETS):
+        candidates = np.array([TARGETS[n], *(k for k in drawn if k != TARGETS[n])])
+        values.append(cross_entropy(items[candidates] @ hidden[n] - log_q[candidates], 0))
+    return np.mean(values)
+
+
+def pair_oracle(hidden, items, drawn, kind):
+    real = np.flatnonzero(TARGETS)
+    positive, negative = ((hidden[real] * items[ids[real]]).sum(axis=1) for ids in (TARGETS, drawn))
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    if kind == "bpr":
+        return np.mean(-np.log(sigmoid(positive - negative)))
+    return np.mean(-np.log(sigmoid(positive)) - np.log(1 - sigmoid(negative)))
+
+
+def full(hidden, items, targets=TARGETS):
+    return next_item.full_softmax(hidden, jnp.asarray(targets), items, ITEMS, make_mesh(1, 1))
+
+
+def sampled(hidden, items, drawn, log_q, targets=TARGETS):
+    drawn, log_q = jnp.asarray(drawn), jnp.asarray(log_q)
+    return next_item.sampled_softmax(hidden, jnp.asarray(targets), items, drawn, log_q, make_mesh(1, 1))
+
+
+@pytest.mark.parametrize("junk", [1.0, 50.0])  # with small scores the shift is a bound, else their maximum
+def test_full_softmax_is_the_cross_entropy_over_the_items(junk):
+    assert_matches(full, full_oracle, *arrays(junk=junk))
+
+
+@pytest.mark.parametrize("junk", [1.0, 50.0])
+def test_sampled_softmax_is_the_cross_entropy_over_target_and_negatives(junk):
+    drawn = np.array([3, 3, 1, 8, 13, 10, 4])
+    if junk == 50:
+        drawn = np.append(drawn, 2)
+    log_q = np.log(np.random.default_rng(0).dirichlet(np.ones(ROWS))).astype(np.float32)
+    for q in (np.zeros(ROWS, np.float32), log_q):
+        assert_matches(
+            lambda h, i, q=q: sampled(h, i, drawn, q),
+            lambda h, i, q=q: sampled_oracle(h, i, drawn, q),
+            *arrays(junk=junk, scale=junk),
+        )
+
+
+@pytest.mark.parametrize("kind", ["bce", "bpr"])
+def test_pairwise_losses_follow_their_formula(kind):
+    drawn = np.random.default_rng(1).integers(1, ITEMS + 1, len(TARGETS))
+    loss = next_item.binary_cross_entropy if kind == "bce" else next_item.bayesian_personalised_ranking
+    assert_matches(lambda h, i: loss(h, TARGETS, drawn, i), lambda h, i: pair_oracle(h, i, drawn, kind), *arrays())
+
+
+@pytest.mark.parametrize(("chunk", "tile"), [(3, None), (100, None), (4, 5), (11, 8)])
+def test_chunks_and_tiles_that_do_not_divide_change_nothing(monkeypatch, chunk, tile):
+    monkeypatch.setattr(softmax, "chunk_rows", lambda columns: chunk)
+    if tile:
+        monkeypatch.setattr(softmax, "MANY_COLUMNS", tile)
+        monkeypatch.setattr(softmax, "TILE_COLUMNS", tile)
+    assert_matches(lambda h, i: full(h, i), full_oracle, *arrays(1))
+
+
+def test_large_scores_stay_finite_and_exact():
+    hidden, items = arrays(2, scale=1e3)
+    value, gradient = jax.jit(jax.value_and_grad(full))(hidden, items)
+    np.testing.assert_allclose(value, full_oracle(hidden.astype(float), items.astype(float)), rtol=1e-4)
+    assert np.isfinite(gradient).all()
+
+
+LOSSES = {
+    "full": lambda h, i, targets=TARGETS: full(h, i, targets=targets),
+    "sampled": lambda h, i, targets=TARGETS: sampled(h, i, [1, 4, 4], np.zeros(ROWS, np.float32), targets=targets),
+    "bce": lambda h, i, targets=TARGETS: next_item.binary_cross_entropy(h, targets, np.full(17, 4), i),
+    "bpr": lambda h, i, targets=TARGETS: next_item.bayesian_personalised_ranking(h, targets, np.full(17, 4), i),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_a_batch_without_targets_gives_zero_and_padding_no_gradient(loss):
+    gradients_of = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    value, (d_hidden, d_items) = gradients_of(*arrays(), np.zeros_like(TARGETS))
+    assert value == 0 and not d_hidden.any() and not d_items.any()
+    value, (d_hidden, d_items) = gradients_of(*arrays(), TARGETS)
+    assert np.isfinite(value) and (np.abs(d_hidden).sum(axis=1) > 0).tolist() == (TARGETS > 0).tolist()
+    assert not d_items[0].any() and not d_items[ITEMS + 1 :].any() and d_items[4].any()
+
+
+def test_losses_and_gradients_vmap_over_a_scalar():
+    hidden, items = map(jnp.asarray, arrays())
+    scales = np.array([0.5, 1.0, 2.0], np.float32)
+    for loss in LOSSES.values():
+        scaled = jax.value_and_grad(lambda s, f=loss: f(s * hidden, items))
+        swept, one = jax.jit(jax.vmap(scaled))(scales), jax.jit(scaled)
+        alone = [one(s) for s in scales]
+        np.testing.assert_allclose(np.stack(swept), np.array(alone).T, rtol=1e-4, atol=1e-6)
+    a, b = arrays(3)[0], arrays(4)[0]
+    swept = jax.jit(jax.vmap(lambda t: info_nce(a, b, np.ones(17, bool), t)))(scales)
+    np.testing.assert_allclose(
+        swept, [info_nce_oracle(a.astype(float), b.astype(float), np.ones(17, bool), t) for t in scales], rtol=1e-4
+    )
+
+
+# Contrast -------------------------------------------------------------------------------------------------------------
+
+
+def info_nce_oracle(a, b, valid, temperature, similarity="dot"):
+    """Eq. 2, anchor by anchor: the positive among itself and the 2(N − 1) states of other users."""
+    states = {(view, user): x[user] for view, x in enumerate((a, b)) for user in np.flatnonzero(valid)}
+    if similarity == "cosine":
+        states = {name: x / np.linalg.norm(x) for name, x in states.items()}
+    losses = []
+    for (view, user), anchor in states.items():
+        positive = anchor @ states[1 - view, user] / temperature
+        others = [anchor @ x / temperature for (_, other), x in states.items() if other != user]
+        losses.append(cross_entropy(np.array([positive, *others]), 0))
+    return np.mean(losses)
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_info_nce_is_equation_2_over_the_valid_users(similarity):
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(size=(2, 5, 4)).astype(np.float32)
+    valid = np.array([True, False, True, True, False])
+    a[~valid] = b[~valid] = 20.0
+    for temperature in (1.0, 0.4):
+        assert_matches(
+            lambda x, y, t=temperature: info_nce(x, y, valid, t, similarity),
+            lambda x, y, t=temperature: info_nce_oracle(x, y, valid, t, similarity),
+            a,
+            b,
+        )
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_info_nce_without_negatives_is_zero(count):
+    a, b = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    value, gradients = jax.jit(jax.value_and_grad(info_nce, (0, 1)))(a, b, np.arange(3) < count, 1.0)
+    assert value == pytest.approx(0, abs=1e-6) and np.allclose(gradients, 0, atol=1e-6)
+
+
+# Negatives ------------------------------------------------------------------------------------------------------------
+
+HISTORIES = [[1, 3, 3, 7, 2, 5], [2, 6], [1, 2, 3, 4, 5, 6, 7, 1, 1], [7, 7, 7, 4, 4], [5], [1, 2, 3, 4, 5, 7, 6, 6]]
+CATALOGUE = 7
+
+
+def small_dataset():
+    offsets = np.cumsum([0, *map(len, HISTORIES)])
+    return SequenceDataset(
+        np.concatenate(HISTORIES).astype(np.int32),
+        offsets,
+        np.arange(1, 8).astype(str),
+        np.arange(6).astype(str),
+        "",
+        {},
+    )
+
+
+def training_parts():
+    return [history[:-2] if len(history) >= 3 else history for history in HISTORIES]
+
+
+def source_of(**loss):
+    config = get_config().loss
+    config.update(loss)
+    return negatives.negative_source(config, small_dataset(), batches.train_lengths(small_dataset()), 64)
+
+
+def test_absent_items_are_drawn_uniformly_and_nothing_else():
+    users = np.repeat(np.arange(len(HISTORIES)), 3000)
+    absent = source_of(next_item="bce").absent
+    draw = jax.jit(negatives.draw_absent, static_argnums=3)
+    drawn = np.asarray(draw(jax.random.key(0), users, absent, CATALOGUE)).reshape(-1, 3000)
+    for part, items in zip(training_parts(), drawn, strict=True):
+        free = [item for item in range(1, CATALOGUE + 1) if item not in part] or [0]
+        assert set(items) == set(free)  # what is only tested may be drawn: it is not known in training
+        counts, mean = np.bincount(items)[free], 3000 / len(free)
+        assert ((counts - mean) ** 2 / mean).sum() <= len(free) + 5 * np.sqrt(2 * len(free))
+
+
+def test_absent_items_of_many_users():
+    generator = np.random.default_rng(0)
+    parts = [generator.integers(1, 31, generator.integers(0, 40)) for _ in range(100)]
+    offsets = np.cumsum([0, *map(len, parts)])
+    absent = negatives.absent_items(np.concatenate(parts), offsets, np.diff(offsets))
+    drawn = jax.jit(negatives.draw_absent, static_argnums=3)(
+        jax.random.key(1), np.repeat(np.arange(100), 600), absent, 30
+    )
+    for part, items in zip(parts, np.asarray(drawn).reshape(100, 600), strict=True):
+        assert set(items) == set(range(1, 31)) - set(part)
+
+
+def test_shared_negatives_follow_the_training_popularity():
+    source = source_of(next_item="sampled", negative_distribution="popularity")
+    drawn = np.asarray(negatives.draw_shared(jax.random.key(0), 20000, source, CATALOGUE))
+    share = np.bincount(sum(training_parts(), []), minlength=CATALOGUE + 1) / len(sum(training_parts(), []))
+    assert 1 <= drawn.min() and drawn.max() <= CATALOGUE
+    np.testing.assert_allclose(np.bincount(drawn, minlength=8) / 20000, share, atol=0.015)
+    np.testing.assert_allclose(np.exp(source.log_q_V[1:8]), share[1:], atol=1e-3)
+    assert np.isfinite(source.log_q_V).all()
+
+
+def test_shared_negatives_are_uniform_without_popularity():
+    source = source_of(next_item="sampled")
+    drawn = np.asarray(negatives.draw_shared(jax.random.key(0), 20000, source, CATALOGUE))
+    np.testing.assert_allclose(np.bincount(drawn, minlength=8) / 20000, [0, *[1 / 7] * 7], atol=0.015)
+    assert not np.ptp(source.log_q_V[1:8])
+
+
+@pytest.mark.parametrize("kind", ["bce", "bpr"])
+def test_each_cell_meets_a_negative_of_its_own_user(kind):
+    """Users who lack a single item leave the draw no choice; who lacks none has no loss."""
+    parts = [[1, 2, 3, 5, 6, 7], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7]]  # they lack 4, 7 and nothing
+    offsets = np.cumsum([0, *map(len, parts)])
+    source = negatives.NegativeSource(
+        negatives.absent_items(np.concatenate(parts), offsets, np.diff(offsets)), None, None
+    )
+    segments = np.array([[2, 2, 0, 1, 1], [3, 3, 0, 0, 0]])
+    targets = np.array([[2, 6, 0, 3, 7], [1, 2, 0, 0, 0]])
+    zeros = jnp.zeros(4, jnp.int32)
+    batch = batches.Batch(
+        items_RxL=targets, segments_RxL=segments, positions_RxL=segments, targets_RxL=targets,
+        users_U=jnp.array([0, 1, 2, -1]), start_U=zeros, length_U=zeros, row_U=zeros, column_U=zeros,
+    )  # fmt: skip
+    hidden, items = np.random.default_rng(0).normal(size=(2, 5, 3)), np.random.default_rng(1).normal(size=(64, 3))
+    config = get_config().loss
+    config.next_item = kind
+    loss = jax.jit(lambda *arrays: next_item.next_item_loss(*arrays, source, config, CATALOGUE, make_mesh(1, 1)))
+    value = loss(jax.random.key(0), hidden.astype(np.float32), batch, items.astype(np.float32))
+    losses = []
+    for column, target, negative in ((0, 2, 7), (1, 6, 7), (3, 3, 4), (4, 7, 4)):
+        positive, negative = items[target] @ hidden[0, column], items[negative] @ hidden[0, column]
+        losses.append(
+            np.log1p(np.exp(negative - positive))
+            if kind == "bpr"
+            else np.log1p(np.exp(-positive)) + np.log1p(np.exp(negative))
+        )
+    assert value == pytest.approx(np.mean(losses), rel=1e-5)

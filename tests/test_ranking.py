@@ -1,0 +1,140 @@
+"""Ranks and metrics against brute force. Scores are integers, so that ties are exact and counts must be equal."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from seqrec_jax import ranking
+
+ITEMS, ROWS, DIM = 53, 64, 2
+BLOCKS = (7, 17, 64, 10**6)
+count_better = jax.jit(ranking.count_better, static_argnums=(3, 5))
+
+
+def case(seed=0):
+    """(states, items, targets, histories): ties everywhere, repeats, a long history, hidden targets, an empty one."""
+    generator = np.random.default_rng(seed)
+    histories = [generator.integers(1, ITEMS + 1, n) for n in (0, 1, 5, 30, 30, 200, 9, 12, 3, 64, 65)]
+    states = generator.integers(-2, 3, (len(histories), DIM)).astype(np.float32)
+    items = generator.integers(-2, 3, (ROWS, DIM)).astype(np.float32)
+    items[0] = items[ITEMS + 1 :] = 1000  # no candidates, whatever they score
+    targets = generator.integers(1, ITEMS + 1, len(histories)).astype(np.int32)
+    targets[3] = histories[3][7]
+    return states, items, targets, histories
+
+
+def hidden_of(histories):
+    offsets = np.cumsum([0, *map(len, histories)])
+    items = np.concatenate(histories).astype(np.int32)
+    first = ranking.first_occurrences(items, offsets)
+    return ranking.Hidden(*jax.device_put((items, first, offsets[:-1].astype(np.int32), offsets[1:].astype(np.int32))))
+
+
+def brute_counts(states, items, targets, histories):
+    counts = []
+    for state, target, history in zip(states.astype(float), targets.tolist(), histories, strict=True):
+        others = set(range(1, ITEMS + 1)) - {target} - set(map(int, history))
+        scores = [state @ items[item] for item in others]
+        own = state @ items[target]
+        counts.append((sum(s > own for s in scores), sum(s == own for s in scores), target in history))
+    return [list(column) for column in zip(*counts, strict=True)]
+
+
+def brute_metrics(greater, tied, missed, cutoff):
+    """hr, ndcg and mrr at a cutoff: the mean over every order of the target (0) and those tied with it."""
+    sums = np.zeros(3)
+    for above, equal, miss in zip(greater, tied, missed, strict=True):
+        orders = list(itertools.permutations(range(equal + 1)))
+        for order in orders:
+            rank = above + 1 + order.index(0)
+            if rank <= cutoff and not miss:
+                sums += np.array([1, 1 / np.log2(rank + 1), 1 / rank]) / len(orders)
+    return sums / len(greater)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_counts_equal_brute_force(block):
+    for seed in range(5):
+        states, items, targets, histories = case(seed)
+        found = count_better(states, items, targets, ITEMS, hidden_of(histories), block)
+        assert [x.tolist() for x in found] == brute_counts(states, items, targets, histories)
+        found = count_better(states, items, targets, ITEMS, None, block)
+        assert [x.tolist() for x in found] == brute_counts(states, items, targets, [[]] * len(targets))
+
+
+def test_metrics_are_the_mean_over_every_order_of_the_ties():
+    generator = np.random.default_rng(0)
+    greater, tied, missed = generator.integers(0, 24, 40), generator.integers(0, 6, 40), generator.random(40) < 0.2
+    found = ranking.metrics(greater, tied, missed)
+    for cutoff in (1, 5, 10, 20):
+        expected = brute_metrics(greater, tied, missed, cutoff)
+        assert [found[f"{name}@{cutoff}"] for name in ("hr", "ndcg", "mrr")] == pytest.approx(expected)
+    assert found["mrr"] == pytest.approx(brute_metrics(greater, tied, missed, 10**9)[2])
+    assert len(found) == 13
+
+
+def test_metrics_of_ranks_known_by_hand():
+    one = lambda *counts: ranking.metrics(*(np.array([x]) for x in counts))  # noqa: E731
+    assert one(0, 0, False)["ndcg@1"] == one(0, 0, False)["mrr"] == 1
+    assert one(2, 0, False)["ndcg@5"] == pytest.approx(0.5) and one(2, 0, False)["mrr@1"] == 0
+    assert one(9, 1, False)["hr@10"] == pytest.approx(0.5) and one(10, 0, False)["hr@10"] == 0
+    assert one(3, 10**6, False)["hr@5"] == pytest.approx(2 / (10**6 + 1))
+    assert set(one(0, 0, True).values()) == {0.0}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_constant_model_scores_like_chance(block):
+    targets = np.arange(1, ITEMS + 1, dtype=np.int32)
+    ones = np.ones((ROWS, 1), np.float32)
+    found = ranking.metrics(*map(np.asarray, count_better(ones[:ITEMS], ones, targets, ITEMS, None, block)))
+    for cutoff in (1, 5, 10, 20):
+        ranks = np.arange(1, cutoff + 1)
+        assert found[f"hr@{cutoff}"] == pytest.approx(cutoff / ITEMS)
+        assert found[f"ndcg@{cutoff}"] == pytest.approx((1 / np.log2(ranks + 1)).sum() / ITEMS)
+        assert found[f"mrr@{cutoff}"] == pytest.approx((1 / ranks).sum() / ITEMS)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("hides", [False, True])
+def test_a_model_of_nan_scores_worst(block, hides):
+    states, items, targets, histories = case()
+    hidden = hidden_of(histories) if hides else None
+    greater, tied, missed = map(np.asarray, count_better(states * np.nan, items, targets, ITEMS, hidden, block))
+    others = [ITEMS - len({t, *map(int, h if hides else [])}) for t, h in zip(targets.tolist(), histories, strict=True)]
+    assert not tied.any() and (greater >= others).tolist() == [True] * len(others)
+    assert missed[3] == hides
+
+
+def test_an_item_of_nan_counts_as_above():
+    states, items, targets, _ = case()
+    states = states + 0.5  # no state is zero
+    items[20] = np.nan
+    targets[:] = 21
+    greater, tied, _ = count_better(states, items, targets, ITEMS, None, 17)
+    items[20] = 0
+    without = np.array(brute_counts(states, items, targets, [[20]] * len(targets))[:2])
+    assert greater.tolist() == (without[0] + 1).tolist() and tied.tolist() == without[1].tolist()
+
+
+def test_counts_of_given_candidates():
+    states, items, targets, _ = case()
+    generator = np.random.default_rng(1)
+    negatives = np.array([generator.choice(np.setdiff1d(np.arange(1, ITEMS + 1), t), 20, False) for t in targets])
+    others = [sorted(set(range(1, ITEMS + 1)) - set(row)) for row in negatives.tolist()]
+    expected = brute_counts(
+        states, items, targets, [[i for i in o if i != t] for o, t in zip(others, targets, strict=True)]
+    )
+    found = ranking.count_better_of(states, items, targets, negatives)
+    assert [x.tolist() for x in found] == expected
+    items[negatives[0, 3]] = np.nan
+    worst = ranking.count_better_of(states * np.nan, items, targets, negatives)
+    assert (np.asarray(worst[0]) == 20).all() and not worst[1].any()
+
+
+def test_first_occurrences():
+    histories = [[3, 3, 1, 3], [], [1, 1], [3, 2, 1], [2, 5, 2, 5, 2]]
+    offsets = np.cumsum([0, *map(len, histories)])
+    expected = [item not in history[:place] for history in histories for place, item in enumerate(history)]
+    assert ranking.first_occurrences(np.concatenate(histories).astype(np.int32), offsets).tolist() == expected
