@@ -1,6 +1,7 @@
 """A model's metrics under a protocol: exact for any batch size and device count."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -36,15 +37,15 @@ class Evaluator:
 
     def __call__(self, system: System, params: dict) -> dict[str, float]:
         """Metrics over all evaluated users, each counted once."""
-        step = jax.jit(self._step, static_argnums=0)
         plan = plan_epoch(self.layout, None)
-        parts = [step(system.states, params, self.arrays, self.layout, plan, t) for t in range(self.layout.steps)]
+        parts = [self._step(system.states, params, self.arrays, self.layout, plan, t) for t in range(self.layout.steps)]
         columns = zip(*jax.device_get(parts), strict=True)
         users_U, greater_U, tied_U, missed_U = (np.concatenate(column) for column in columns)
         real_U = users_U >= 0
         assert real_U.sum() == self.users and len(np.unique(users_U[real_U])) == self.users
         return ranking.metrics(greater_U[real_U], tied_U[real_U], missed_U[real_U])
 
+    @functools.partial(jax.jit, static_argnums=(0, 1))
     def _step(self, states, params, arrays, layout, plan, index):
         batch: Batch = split_rows(self.mesh, batch_of(arrays["items_A"], layout, plan, index))
         user_U = jnp.maximum(batch.users_U, 0)

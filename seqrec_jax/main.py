@@ -37,6 +37,7 @@ def run(argv: Sequence[str]) -> int:
     import jax
 
     from seqrec_jax import run as runs
+    from seqrec_jax.protocol import protocol_of
     from seqrec_jax.recommend import load
     from seqrec_jax.train import Stopped, stop_on_signals
     from seqrec_jax.validate import validate
@@ -52,7 +53,8 @@ def run(argv: Sequence[str]) -> int:
     if arguments.mode == "evaluate":
         runs.evaluate(config, workdir)
     elif arguments.mode == "recommend":
-        found = load(workdir).recommend([arguments.history], arguments.k)
+        hide = protocol_of(config).hide_history == "yes"
+        found = load(workdir).recommend([arguments.history], arguments.k, hide_history=hide)
         for item, score in zip(found.items[0], found.scores[0], strict=True):
             print(f"{item}\t{score:.6f}")
         if found.unknown[0]:
