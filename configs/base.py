@@ -1,6 +1,7 @@
 """Every key that exists, grouped, with its unit or consequence. The other files of this folder hold only differences.
 
-`--config=configs/NAME.py:DATASET,VARIANT,...` calls `get_config("DATASET,VARIANT,...")` of that file.
+`--config=configs/NAME.py:DATASET,VARIANT,...` calls `get_config("DATASET,VARIANT,...")` of that file. DATASET: a named
+set, or `own` for a file of your own (understood where config.data.path is given); without one: the embedded data.
 """
 
 from ml_collections import ConfigDict
@@ -29,8 +30,8 @@ def get_config(argument: str = "") -> ConfigDict:
     data.min_user = 0  # k-core: users with fewer actions are removed, repeatedly; 0 = keep all
     data.min_item = 0  # k-core: items with fewer actions are removed, repeatedly; 0 = keep all
     data.cache_dir = ""  # prepared data and compiled programs; "" = .cache beside the workdir
-    data.synthetic_users = 3000  # size of the embedded synthetic data
-    data.synthetic_items = 1000
+    data.synthetic_users = 4000  # size of the embedded synthetic data
+    data.synthetic_items = 2000
     data.synthetic_seed = 0
 
     config.encoder = encoder = ConfigDict()
@@ -117,6 +118,8 @@ def select(config: ConfigDict, argument: str, variants: dict) -> ConfigDict:
     for word in sorted(words, key=lambda word: word not in DATASETS):  # variants may look at the data set
         if word in DATASETS:
             config.data.name = word
+        elif word == "own":  # a file of the user's own, named by data.path: the recipe for real data
+            continue
         elif word in variants:
             variants[word](config)
         else:

@@ -1,7 +1,7 @@
 """CL4SRec: Contrastive Learning for Sequential Recommendation (Xie et al., SIGIR 2021 and ICDE 2022).
 
-The default draws each view's operator anew and uses the shared backbone and the softmax over all items; `paper` is the
-published setting: one operator a data set, sampled softmax, linear decay.
+The default draws each view's operator anew, compares views by cosine, and uses the shared backbone and the softmax over
+all items; `paper` is the published setting: one operator a data set, dot product, sampled softmax, linear decay.
 
     python -m seqrec_jax.main --config=configs/cl4srec.py
     python -m seqrec_jax.main --config=configs/cl4srec.py:beauty,paper --config.data.dir=DATA
@@ -16,12 +16,20 @@ def paper(config: ConfigDict) -> None:
     """Section 4.1 and Table 3. The paper does not give dropout, epochs, patience and the number of negatives."""
     config.encoder.update(activation="relu", input_norm=False, init="truncated_normal", init_scale=0.01)
     config.loss.next_item = "sampled"
+    config.contrastive.update(similarity="dot", temperature=1.0)
     config.train.schedule = "linear"
     # One operator for both views: crop is the best on Yelp, mask on Sports (Table 3); elsewhere it is not printed.
     config.augment.update(choice="fixed", operators=("crop",) if config.data.name == "yelp" else ("mask",), mask=0.5)
     if config.data.name == "ml1m":  # most histories are longer than 20: without windows most targets would be lost
         config.encoder.update(max_length=20, embedding_dropout=0.1, hidden_dropout=0.1)
         config.train.targets = "windows"
+
+
+def embedded(config: ConfigDict) -> None:
+    """The embedded data, in a minute: a small encoder, and few negatives, where the contrast has most to add."""
+    config.encoder.update(dim=32, ffn=64, layers=1, embedding_dropout=0.2, hidden_dropout=0.2)
+    config.loss.update(next_item="sampled", negatives=8)
+    config.train.update(learning_rate=3e-3, patience=5)
 
 
 VARIANTS = {"smoke": base.smoke, "paper": paper}
@@ -32,4 +40,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.name = "cl4srec"
     config.system = "cl4srec"
     config.report.baselines = ("pop", "sasrec")
+    config.contrastive.update(similarity="cosine", temperature=0.2)
+    if not argument:
+        embedded(config)
     return base.select(config, argument, VARIANTS)

@@ -100,6 +100,9 @@ def _flags(argv: Sequence[str]) -> dict[str, str]:
 def load(path_and_argument: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
     """The locked config of `configs/NAME.py:ARGUMENT` or of a run's config.json, with overrides (dotted key, text)."""
     name, colon, argument = path_and_argument.partition(":")
+    overrides = list(overrides)
+    if not argument and any(key == "data.path" and text for key, text in overrides):
+        argument = "own"
     path = Path(name).expanduser()
     if not path.is_file():
         raise unknown("the configuration file", name, sorted(map(str, path.parent.glob("*.py"))))

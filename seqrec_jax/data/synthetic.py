@@ -3,8 +3,8 @@
 import numpy as np
 
 CLUSTERS = 25
-FOLLOW = 0.35  # share of actions that go to a successor of the previous item, so that order matters
-NOISE = 0.15  # share of actions that come from anywhere, by popularity
+FOLLOW = 0.2  # share of actions that go to a successor of the previous item, so that order matters
+NOISE = 0.2  # share of actions that come from anywhere, by popularity
 DRIFT = 0.15  # chance, after an action, that the user's current interest moves on
 SUCCESSORS = 3  # an item has so many; they lie in its own cluster
 
