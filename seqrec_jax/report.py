@@ -40,7 +40,7 @@ def plots(workdir: Path, results: dict) -> None:
     runs = {results["system"]: read_lines(workdir / "metrics.jsonl")}
     runs |= {name: read_lines(workdir / "baselines" / name / "metrics.jsonl") for name in results["baselines"]}
     metric = results["protocol_line"].rsplit(" ", 1)[1]
-    for kind, value, title in (("train", "loss", "training loss"), ("valid", metric, f"validation {metric}")):
+    for kind, value, title in (("train", "next_item", "next-item loss"), ("valid", metric, f"validation {metric}")):
         figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
         for name, lines in runs.items():
             points = [(line["step"], line[value]) for line in lines if line["kind"] == kind]
