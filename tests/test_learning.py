@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -71,3 +72,24 @@ def test_hyperparameters_are_traced(cache):
     for name, value in changes.items():
         assert not np.array_equal(unchanged, after_two_steps(**{name: value})), name
     assert train_steps._cache_size() == 1
+
+
+def test_runs_that_differ_in_hyperparameters_train_as_one_program(cache):
+    """vmap over the state and the hyperparameters: each lane is the run it would be alone."""
+    config = load(str(ROOT / "configs" / "cl4srec.py"), [(key, str(value)) for key, value in TINY.items()])
+    mesh = make_mesh(1, 1)
+    dataset = prepare(config.data, cache)
+    system = systems.build(config, dataset, mesh)
+    layout, _ = run.train_layout(config, dataset, mesh)
+    plan = plan_epoch(layout, epoch_key(config.seed, 0))
+    data = replicate(mesh, system.data)
+    lanes = [hparams_of(config) | changes for changes in ({"temperature": 1.0}, {"learning_rate": 0.01, "crop": 0.3})]
+    train_steps = make_train_steps(system, config, mesh, 10)
+    alone = [
+        train_steps(init_state(system, config, lane, mesh), jnp.int32(3), layout, plan, data, lane)[1]["loss"]
+        for lane in lanes
+    ]
+    states = [init_state(system, config, lane, mesh) for lane in lanes]
+    state, hparams = (jax.tree.map(lambda *x: jnp.stack(x), *group) for group in (states, lanes))
+    _, sums = jax.vmap(train_steps, (0, None, None, None, None, 0))(state, jnp.int32(3), layout, plan, data, hparams)
+    np.testing.assert_allclose(sums["loss"], alone, rtol=1e-5)
