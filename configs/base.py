@@ -74,12 +74,12 @@ def get_config(argument: str = "") -> ConfigDict:
     train.batch_size = 256  # histories per step (targets=prefix: prefixes per step)
     train.targets = "all"  # all (last max_length targets a user) | windows (every target once) | prefix
     train.packed = True  # several short histories share a row; False: one history a row
-    train.max_epochs = 200
+    train.max_epochs = 40  # a linear or cosine schedule ends here
     train.max_steps = 0  # 0 = no bound besides max_epochs
     train.max_seconds = 0.0  # training seconds, counted across resumes; 0 = no bound
     train.patience = 10  # validations without improvement before the run stops; 0 = never
     train.learning_rate = 1e-3
-    train.schedule = "constant"  # constant | linear (decay to 0 at the last step) | cosine (to 0)
+    train.schedule = "linear"  # constant | linear (decay to 0 at the last step) | cosine (to 0)
     train.warmup_steps = 0  # steps over which the learning rate rises linearly from 0
     train.weight_decay = 0.0  # decoupled; not on biases, norms and embeddings
     train.clip_norm = 0.0  # global gradient norm; 0 = no clipping

@@ -16,7 +16,7 @@ def paper(config: ConfigDict) -> None:
     """Section 4.1 and Table 3. The paper does not give dropout, epochs, patience and the number of negatives."""
     config.encoder.update(activation="relu", input_norm=False, init="truncated_normal", init_scale=0.01)
     config.loss.next_item = "sampled"
-    config.train.update(schedule="linear", max_epochs=60)
+    config.train.max_epochs = 60
     # A lambda of 0.1 beside a loss summed over a user's time steps (Eq. 14, 15) is 0.02 beside our mean over targets,
     # five or so a user on these data.
     config.contrastive.update(similarity="dot", temperature=1.0, weight=0.02)
@@ -31,7 +31,7 @@ def embedded(config: ConfigDict) -> None:
     """The embedded data, in a minute: a small encoder, and few negatives, where the contrast has most to add."""
     config.encoder.update(dim=32, ffn=64, layers=1, embedding_dropout=0.2, hidden_dropout=0.2)
     config.loss.update(next_item="sampled", negatives=8)
-    config.train.update(learning_rate=3e-3, patience=5)
+    config.train.update(learning_rate=3e-3, schedule="constant", patience=5)
 
 
 VARIANTS = {"smoke": base.smoke, "paper": paper}

@@ -8,14 +8,13 @@ The settings are those of configs/cl4srec.py, so that the contrast is the only d
 
 from ml_collections import ConfigDict
 
-from configs import base, cl4srec
+from configs import cl4srec
 
-VARIANTS = {"smoke": base.smoke, "paper": cl4srec.paper}
+VARIANTS = cl4srec.VARIANTS
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    config = base.get_config()
+    config = cl4srec.get_config(argument)
     config.name = "sasrec_aug"
     config.system = "sasrec_aug"
-    config.report.baselines = ("pop", "sasrec")
-    return base.select(config, argument, VARIANTS)
+    return config

@@ -71,6 +71,8 @@ def train_layout(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> tu
     """The training examples of `train.targets` in rows, and how many targets were dropped."""
     train, encoder = config.train, config.encoder
     examples = batches.train_examples(dataset, train.targets, encoder.max_length)
+    if not len(examples.user_E):
+        raise UserError("no user has two training items, so there is nothing to predict; see data_report.json")
     layout = batches.make_layout(
         examples,
         train.batch_size,

@@ -29,7 +29,8 @@ TIMES = ("seconds", "targets_per_second", "train_seconds")
 TINY = {
     "data.synthetic_users": 100, "data.synthetic_items": 300, "encoder.max_length": 16, "encoder.dim": 8,
     "encoder.ffn": 16, "encoder.layers": 1, "train.batch_size": 24, "train.max_epochs": 3, "train.log_every": 4,
-    "train.save_every": 3, "loss.next_item": "sampled", "loss.negatives": 16, "report.baselines": "",
+    "train.save_every": 3, "train.schedule": "constant", "loss.next_item": "sampled", "loss.negatives": 16,
+    "report.baselines": "",
 }  # fmt: skip
 
 
