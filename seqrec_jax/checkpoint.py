@@ -41,12 +41,9 @@ def open_store(workdir: Path, *, create: bool) -> Store:
     """Opens `workdir`/checkpoints, removing what a killed save left behind when `create`."""
     directory = (workdir / "checkpoints").absolute()
     if create:
-        directory.mkdir(parents=True, exist_ok=True)
-        for step in _steps(directory, whole=False):
-            log.warning("removing checkpoint %d: its save was cut off before it was complete", step)
-            shutil.rmtree(directory / str(step))
-        for path in directory.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(path)
+        if jax.process_index() == 0:
+            _clear(directory)
+        _wait_for_all("checkpoints cleared")
     elif not directory.is_dir():
         raise UserError(f"{workdir}: no checkpoints here; train first, or name another --workdir")
     options = ocp.CheckpointManagerOptions(create=create, enable_async_checkpointing=False, read_only=not create)
@@ -84,6 +81,7 @@ def save(store: Store, state: TrainState, meta: dict) -> None:
             raise RuntimeError(f"{store.directory}: the checkpoint of step {step} was not written")
         if jax.process_index() == 0:
             _write_manifest(store.directory / str(step))
+        _wait_for_all(f"manifest {step}")
     kept = _steps(store.directory, whole=True)
     best = {_best_step(store, step) for step in kept[-2:]}
     for old in kept[:-2]:
@@ -171,6 +169,12 @@ def best_checkpoint(workdir: Path) -> tuple[Store, int, dict]:
     raise UserError(f"{store.directory}: no whole checkpoint; train first, or name another --workdir")
 
 
+def check_best(store: Store, meta: dict) -> None:
+    """Refuses to train on where the best checkpoint so far is damaged: the run could not end with it."""
+    if meta["best_value"] is not None:
+        _verify(store.directory / str(meta["best_step"]))
+
+
 def latest_step(store: Store) -> int | None:
     """The newest whole checkpoint."""
     return max(_steps(store.directory, whole=True), default=None)
@@ -227,6 +231,30 @@ def transfer(params: dict, item_ids: np.ndarray, init_from: str, mesh: Mesh) -> 
     }  # fmt: skip
     merged = {**{name: old[name] for name in params}, "items": table}
     return jax.device_put(merged, shardings_of(mesh, merged)), report
+
+
+def _clear(directory: Path) -> None:
+    """Removes what a killed save left: one folder without a manifest at most, or its manifests are lost."""
+    directory.mkdir(parents=True, exist_ok=True)
+    cut_off = _steps(directory, whole=False)
+    if len(cut_off) > 1:
+        raise UserError(
+            f"{directory}: the checkpoints {cut_off} have lost their {MANIFEST}. Restore them from a copy, or start "
+            "again in another --workdir; nothing was deleted"
+        )
+    for step in cut_off:
+        log.warning("removing checkpoint %d: its save was cut off before it was complete", step)
+        shutil.rmtree(directory / str(step))
+    for path in directory.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(path)
+
+
+def _wait_for_all(what: str) -> None:
+    """Several processes see what the first has written only after it."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
 
 
 class Damaged(UserError):

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -42,8 +42,11 @@ class Arguments(NamedTuple):
 # Command line ---------------------------------------------------------------------------------------------------------
 
 
-def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Reads the command line (without the program's name) and loads the configuration; `validate` comes after it."""
+def parse_arguments(argv: Sequence[str], config_in: Callable[[Path], str] | None = None) -> Arguments:
+    """Reads the command line (without the program's name) and loads the configuration; `validate` comes after it.
+
+    `config_in` gives the config.json text inside a workdir's checkpoints, for a workdir that has nothing else.
+    """
     if "--help" in argv or "-h" in argv:
         print(USAGE)
         raise SystemExit(0)
@@ -65,6 +68,9 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     source = flags["config"]
     if not source and workdir and (workdir / "config.json").is_file():
         source = str(workdir / "config.json")
+    if not source and config_in and workdir and flags["mode"] != "train":
+        config = _overridden(from_json(config_in(workdir)), overrides)
+        return Arguments(config, workdir, flags["mode"], history, int(flags["k"]))
     if not source:
         raise UserError("--config is missing, as in --config=configs/cl4srec.py (--help shows all flags)")
     config = load(source, overrides)
@@ -101,7 +107,7 @@ def load(path_and_argument: str, overrides: Iterable[tuple[str, str]] = ()) -> C
     """The locked config of `configs/NAME.py:ARGUMENT` or of a run's config.json, with overrides (dotted key, text)."""
     name, colon, argument = path_and_argument.partition(":")
     overrides = list(overrides)
-    if not argument and any(key == "data.path" and text for key, text in overrides):
+    if not argument and any(key in ("data.path", "data.name") and text for key, text in overrides):
         argument = "own"
     path = Path(name).expanduser()
     if not path.is_file():
@@ -113,6 +119,10 @@ def load(path_and_argument: str, overrides: Iterable[tuple[str, str]] = ()) -> C
     # What a configuration file can get wrong, in Python's or ConfigDict's words.
     except (UserError, ValueError, TypeError, AttributeError, KeyError, ImportError, NameError, SyntaxError) as error:
         raise UserError(f"{path}: {error}") from error
+    return _overridden(config, overrides)
+
+
+def _overridden(config: ConfigDict, overrides: Iterable[tuple[str, str]]) -> ConfigDict:
     values = flatten(config)
     for key, text in overrides:
         _check_key(key, values)

@@ -16,7 +16,7 @@ from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.tables import read_bytes
 from seqrec_jax.errors import UserError
 from seqrec_jax.protocol import Protocol, protocol_of
-from seqrec_jax.sharding import replicate, split_rows
+from seqrec_jax.sharding import replicate, replicated, split_rows
 from seqrec_jax.systems import System
 
 HELD_OUT = {"test": 1, "valid": 2}  # how many items from the end
@@ -53,7 +53,7 @@ class Evaluator:
         states_UxD = states(params, batch)
         if self.protocol.candidates == "sampled":
             counts = ranking.count_better_of(states_UxD, params["items"], target_U, arrays["negatives_UxK"][user_U])
-            return batch.users_U, *counts
+            return replicated(self.mesh, (batch.users_U, *counts))
         begin_U = arrays["offsets_U1"][user_U]
         end_U = arrays["offsets_U1"][user_U + 1] - self.held_out
         hidden = None
@@ -62,7 +62,7 @@ class Evaluator:
             hidden = ranking.Hidden(arrays["items_A"], arrays["first_A"], begin_U, end_U)
         block = max(BLOCK_SCORES // len(target_U), 1024)
         counts = ranking.count_better(states_UxD, params["items"], target_U, self.num_items, hidden, block)
-        return batch.users_U, *counts
+        return replicated(self.mesh, (batch.users_U, *counts))
 
 
 def make_evaluator(dataset: SequenceDataset, config: ConfigDict, split: str, mesh: Mesh) -> Evaluator:
@@ -107,7 +107,7 @@ def negatives_of(dataset: SequenceDataset, config: ConfigDict, users_E: np.ndarr
     """
     evaluation, num_items = config.eval, len(dataset.item_ids)
     if evaluation.negatives:
-        return _read_negatives(dataset, Path(evaluation.negatives), users_E)
+        return _read_negatives(dataset, Path(evaluation.negatives).expanduser(), evaluation.num_negatives, users_E)
     generator = np.random.default_rng(evaluation.negatives_seed)
     negatives_UxK = np.zeros((len(dataset.user_ids), evaluation.num_negatives), np.int32)
     for user in users_E:
@@ -128,7 +128,9 @@ def negatives_of(dataset: SequenceDataset, config: ConfigDict, users_E: np.ndarr
     return negatives_UxK
 
 
-def _read_negatives(dataset: SequenceDataset, path: Path, users_E: np.ndarray) -> np.ndarray:
+def _read_negatives(dataset: SequenceDataset, path: Path, count: int, users_E: np.ndarray) -> np.ndarray:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file (config.eval.negatives)")
     dense = {item: index + 1 for index, item in enumerate(dataset.item_ids.tolist())}
     rows = {}
     for number, line in enumerate(read_bytes(path).decode(errors="replace").splitlines(), 1):
@@ -140,12 +142,15 @@ def _read_negatives(dataset: SequenceDataset, path: Path, users_E: np.ndarray) -
     missing = [user for user in dataset.user_ids[users_E] if user not in rows]
     if missing:
         raise UserError(f"{path}: no negatives for user {missing[0]} ({len(missing)} users are missing)")
-    widths = {len(rows[user]) for user in dataset.user_ids[users_E]}
-    if len(widths) != 1:
-        raise UserError(f"{path}: users have different numbers of negatives ({min(widths)} to {max(widths)})")
-    negatives_UxK = np.zeros((len(dataset.user_ids), widths.pop()), np.int32)
+    negatives_UxK = np.zeros((len(dataset.user_ids), count), np.int32)
     for user in users_E:
-        negatives_UxK[user] = rows[dataset.user_ids[user]]
+        negatives = rows[dataset.user_ids[user]]
+        if len(negatives) != count or len(set(negatives)) != count:
+            raise UserError(
+                f"{path}: user {dataset.user_ids[user]} has {len(set(negatives))} distinct negatives of "
+                f"{len(negatives)}; config.eval.num_negatives={count}"
+            )
+        negatives_UxK[user] = negatives
         history = dataset.items_A[dataset.offsets_U1[user] : dataset.offsets_U1[user + 1]]
         if np.isin(history, negatives_UxK[user]).any():
             raise UserError(f"{path}: a negative of user {dataset.user_ids[user]} is in that user's own history")

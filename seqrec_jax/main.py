@@ -4,9 +4,11 @@ Exit codes: 0 done; 1 the run failed; 2 bad configuration or data; 75 stopped by
 command to continue.
 """
 
+import json
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from seqrec_jax.config import parse_arguments
 from seqrec_jax.errors import RunFailed, UserError
@@ -31,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run(argv: Sequence[str]) -> int:
     """Understands the command line before it loads anything heavy, then dispatches."""
-    arguments = parse_arguments(argv)
+    arguments = parse_arguments(argv, _config_in)
     config, workdir = arguments.config, arguments.workdir
 
     import jax
@@ -42,10 +44,12 @@ def run(argv: Sequence[str]) -> int:
     from seqrec_jax.train import Stopped, stop_on_signals
     from seqrec_jax.validate import validate
 
-    if config.mesh.distributed:
+    if arguments.mode == "recommend":  # on one device, wherever the run was trained
+        with config.unlocked():
+            config.mesh.data = config.mesh.model = 1
+    if config.mesh.distributed and arguments.mode == "train":
         jax.distributed.initialize()
-    if arguments.mode != "recommend":  # which takes all from the checkpoint
-        validate(config, jax.device_count())
+    validate(config, jax.device_count())
     cache = runs.cache_dir(config, workdir) / "programs"
     jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -68,6 +72,13 @@ def run(argv: Sequence[str]) -> int:
                 print(stopped, file=sys.stderr)
                 return STOPPED
     return 0
+
+
+def _config_in(workdir: Path) -> str:
+    """The config of the best checkpoint, as JSON."""
+    from seqrec_jax.checkpoint import best_checkpoint
+
+    return json.dumps(best_checkpoint(workdir)[2]["config"])
 
 
 if __name__ == "__main__":

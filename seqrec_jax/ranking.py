@@ -38,7 +38,7 @@ def count_better(
     items are read from the same products as the others, so ties are exact. NaN counts as above: it never helps.
     """
     rows = items_VxD.shape[0]
-    block = min(block, rows, MOST_COUNTED)
+    block = min(block, rows, MOST_COUNTED - 1)
     blocks = -(-rows // block)
     users = jnp.arange(states_UxD.shape[0])
 
@@ -91,7 +91,7 @@ def count_better(
     return greater_U, tied_U, zeros > 0 if hidden is None else _is_hidden(targets_U, hidden)
 
 
-MOST_COUNTED = 2**15  # items a block may hold, so that two counts fit one int32
+MOST_COUNTED = 2**15  # more than the items of a block, so that two counts fit one int32
 
 PIECE = 64  # history items looked at at once
 

@@ -47,6 +47,8 @@ class Recommender:
         Unknown ids are left out and reported. The ranking is that of the evaluation. Raises UserError if a history
         has no known item, or fewer than k items remain.
         """
+        if isinstance(histories, str) or any(isinstance(history, str) for history in histories):
+            raise UserError('histories are lists of item ids, as in [["12", "7"]], not text')
         dense = {item: row for row, item in enumerate(self.item_ids.tolist(), 1)}
         known = [[dense[str(item)] for item in history if str(item) in dense] for history in histories]
         for number, (history, items) in enumerate(zip(histories, known, strict=True), 1):

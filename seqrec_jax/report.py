@@ -4,7 +4,7 @@ from pathlib import Path
 
 from seqrec_jax.workdir import read_lines
 
-COLUMNS = ("hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr")
+COLUMNS = ("hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr@10", "mrr")
 
 
 def table(results: dict) -> str:
@@ -39,7 +39,7 @@ def plots(workdir: Path, results: dict) -> None:
     folder.mkdir(exist_ok=True)
     runs = {results["system"]: read_lines(workdir / "metrics.jsonl")}
     runs |= {name: read_lines(workdir / "baselines" / name / "metrics.jsonl") for name in results["baselines"]}
-    metric = results["protocol_line"].rsplit(" ", 1)[1]
+    metric = results["metric"]
     for kind, value, title in (("train", "next_item", "next-item loss"), ("valid", metric, f"validation {metric}")):
         figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
         for name, lines in runs.items():

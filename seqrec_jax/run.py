@@ -37,15 +37,16 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, stop: threading.Event)
         if finished:
             print(f"{workdir}: this run is finished\n{report.table(finished)}")
             return finished
-        layout, dropped = train_layout(config, dataset, mesh)
-        data_report = dataset.report | {"targets_dropped": dropped}
+        examples = batches.train_examples(dataset, config.train.targets, config.encoder.max_length)
+        data_report = dataset.report | {"targets_dropped": examples.dropped_targets}
         write_json(workdir / "data_report.json", data_report)
         print_report(data_report)
-        results = _results(config, workdir, dataset, layout, mesh, stop)
+        results = _results(config, workdir, dataset, mesh, stop)
         for name in config.report.baselines:
-            results["baselines"][name] = _baseline(config, workdir, name, dataset, layout, mesh, stop)
-        print(report.table(results))
-        report.plots(workdir, results)
+            results["baselines"][name] = _baseline(config, workdir, name, dataset, mesh, stop)
+        if jax.process_index() == 0:
+            print(report.table(results))
+            report.plots(workdir, results)
         write_json(workdir / "results.json", results)  # the last file: it says that the run is finished
         return results
 
@@ -100,7 +101,7 @@ def _finished(config, workdir, dataset) -> dict | None:
     return results
 
 
-def _results(config, workdir, dataset, layout, mesh, stop) -> dict:
+def _results(config, workdir, dataset, mesh, stop) -> dict:
     system = systems.build(config, dataset, mesh)
     results = _header(config, dataset)
     if system.loss is None:
@@ -109,6 +110,7 @@ def _results(config, workdir, dataset, layout, mesh, stop) -> dict:
         store = checkpoint.open_store(workdir, create=True)
         checkpoint.save(store, state, identity(config, dataset) | {"best_step": 0})
         return results | _metrics(config, dataset, system, params, mesh) | {"steps": 0, "train_seconds": 0.0}
+    layout, _ = train_layout(config, dataset, mesh)
     validate = make_evaluator(dataset, config, "valid", mesh)
     state, progress, parent = train(config, workdir, dataset, system, layout, validate, mesh, stop)
     store = checkpoint.open_store(workdir, create=False)
@@ -130,8 +132,10 @@ def _header(config, dataset) -> dict:
         "system": config.system,
         "protocol": config.eval.protocol,
         "protocol_line": protocol_of(config).line(),
+        "metric": protocol_of(config).metric,
+        "negatives": config.eval.negatives or f"{config.eval.num_negatives} drawn, seed {config.eval.negatives_seed}",
         "dataset": {
-            "name": config.data.name or Path(config.data.path or "synthetic").name,
+            "name": Path(config.data.path).name if config.data.path else config.data.name or "synthetic",
             "hash": dataset.hash,
             **{key: report_[key] for key in ("users", "items", "actions")},
         },
@@ -148,7 +152,7 @@ def _metrics(config, dataset, system, params, mesh) -> dict:
     return {split: make_evaluator(dataset, config, split, mesh)(system, params) for split in ("test", "valid")}
 
 
-def _baseline(config, workdir, name, dataset, layout, mesh, stop) -> dict:
+def _baseline(config, workdir, name, dataset, mesh, stop) -> dict:
     """The same loss, data, budget and seed with another system, in a workdir of its own inside this one."""
     other = config.copy_and_resolve_references()
     with other.unlocked():
@@ -156,6 +160,6 @@ def _baseline(config, workdir, name, dataset, layout, mesh, stop) -> dict:
     folder = workdir / "baselines" / name
     folder.mkdir(parents=True, exist_ok=True)
     settle_config(folder, other)
-    results = _results(other, folder, dataset, layout, mesh, stop)
+    results = _results(other, folder, dataset, mesh, stop)
     write_json(folder / "results.json", results)
     return {key: results[key] for key in ("test", "valid", "steps", "train_seconds")}

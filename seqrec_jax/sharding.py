@@ -28,6 +28,11 @@ def replicate(mesh: Mesh, tree):
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
+def replicated(mesh: Mesh, tree):
+    """The same inside a compiled program."""
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
+
+
 def split_rows(mesh: Mesh, batch):
     """Splits the rows of a batch (its [R, L] leaves) over "data"."""
     rows = NamedSharding(mesh, PartitionSpec("data"))

@@ -143,6 +143,7 @@ def _begin(config, dataset, system, hparams, store, mesh) -> tuple[TrainState, P
     if restored:
         state, meta = restored
         checkpoint.check_data(meta, dataset, store.directory)
+        checkpoint.check_best(store, meta)
         progress = Progress(**{field.name: meta[field.name] for field in dataclasses.fields(Progress)})
         log.info("resuming at step %d", int(state.step))
         return state, progress, meta["parent"]

@@ -108,6 +108,10 @@ def validate(config: ConfigDict, num_devices: int) -> None:
             if key in CHOICES and word not in CHOICES[key]:
                 raise unknown(key, str(word), filter(None, CHOICES[key]))
     data, _ = mesh_shape(config, num_devices)
+    if 64 % config.mesh.model:
+        raise UserError(
+            f"mesh.model={config.mesh.model} does not divide the item table; allowed: 1, 2, 4, 8, 16, 32, 64"
+        )
     for message in (*_data_conflicts(config), *_training_conflicts(config, data), *_eval_conflicts(config)):
         raise UserError(message)
 

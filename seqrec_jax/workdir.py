@@ -25,7 +25,13 @@ CHANGEABLE = (
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Holds `workdir` for this process; a second run refuses. The lock of a killed run is gone with it."""
+    """Holds `workdir` for this run; a second one refuses. The lock of a killed run is gone with it.
+
+    Of several processes of one run, the first holds the lock and writes all files but the checkpoints' arrays.
+    """
+    if jax.process_index() > 0:
+        yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / "lock").open("a+")
@@ -59,7 +65,8 @@ def settle_config(workdir: Path, config: ConfigDict) -> None:
             )
         if old == new:
             return
-    configuration.save(config, path)
+    if jax.process_index() == 0:
+        configuration.save(config, path)
 
 
 class Log:
@@ -106,7 +113,9 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes a whole JSON file or nothing."""
+    """Writes a whole JSON file or nothing, on the first process."""
+    if jax.process_index() > 0:
+        return
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(part, path)

@@ -62,7 +62,7 @@ def test_ids_are_dense_after_filtering(tmp_path):
     rows = [("x", "rare", 0), ("u", "b", 1), ("u", "a", 2), ("v", "a", 3), ("v", "b", 4)]
     dataset = prepare(config(csv(tmp_path, rows), min_user=2, min_item=2), tmp_path / "cache")
     assert dataset.user_ids.tolist() == ["u", "v"] and dataset.item_ids.tolist() == ["b", "a"]
-    assert dataset.report["kcore"] == {"users_removed": 1, "items_removed": 1, "rounds": 1}
+    assert dataset.report["kcore"] == {"users_removed": 1, "items_removed": 1, "actions_removed": 1, "rounds": 1}
 
 
 def test_repeats(tmp_path):
@@ -88,8 +88,9 @@ def test_report(tmp_path, capsys):
     dataset = prepare(config(path, on_bad_row="drop"), tmp_path / "cache")
     assert dataset.report == {
         "source": str(path), "format": "csv", "rows_read": 7,
-        "rejected": {"empty item_id": {"count": 1, "first": "line 8: 'w,,1'"}}, "blank_lines": 1,
-        "repeats": {"count": 2, "policy": "keep"}, "kcore": {"users_removed": 0, "items_removed": 0, "rounds": 0},
+        "rejected": {"empty item_id": {"count": 1, "first": f"{path}:8: 'w,,1'"}}, "blank_lines": 1,
+        "repeats": {"count": 2, "policy": "keep"},
+        "kcore": {"users_removed": 0, "items_removed": 0, "actions_removed": 0, "rounds": 0},
         "users": 3, "items": 3, "actions": 6, "density": 6 / 9,
         "length": {"mean": 2.0, "min": 1, "max": 3, "median": 2.0},
         "users_longer_than": {"50": 0, "100": 0, "200": 0},
@@ -97,7 +98,7 @@ def test_report(tmp_path, capsys):
     }  # fmt: skip
     print_report(dataset.report)
     printed = capsys.readouterr().out
-    assert "empty item_id  1, first in line 8: 'w,,1'" in printed and dataset.hash in printed
+    assert f"empty item_id  1, first in {path}:8: 'w,,1'" in printed and dataset.hash in printed
 
 
 def test_nothing_to_learn_from(tmp_path):

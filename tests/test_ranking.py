@@ -3,6 +3,7 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -138,3 +139,10 @@ def test_first_occurrences():
     offsets = np.cumsum([0, *map(len, histories)])
     expected = [item not in history[:place] for history in histories for place, item in enumerate(history)]
     assert ranking.first_occurrences(np.concatenate(histories).astype(np.int32), offsets).tolist() == expected
+
+
+def test_a_full_block_of_better_items_does_not_overflow_the_two_counts(monkeypatch):
+    monkeypatch.setattr(ranking, "MOST_COUNTED", 2**6)
+    items_VxD = np.concatenate([[[0.0], [0.0]], np.ones((254, 1))]).astype(np.float32)  # item 1 is below all others
+    greater_U, tied_U, _ = ranking.count_better(jnp.ones((1, 1)), items_VxD, jnp.array([1]), 255, None, 2**6)
+    assert (int(greater_U[0]), int(tied_U[0])) == (254, 0)

@@ -14,7 +14,7 @@ from seqrec_jax.data import sources, tables
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.errors import UserError, unknown
 
-_VERSION = 1  # of the prepared files: a change of their meaning or of a rule below makes old caches unused
+_VERSION = 2  # of the prepared files: a change of their meaning or of a rule below makes old caches unused
 _SETTINGS = (
     "user_column",
     "item_column",
@@ -69,6 +69,8 @@ def build(
             f"{source}: none of its {table.rows_read} rows is left after data.on_bad_row ({read.height} left), "
             f"data.repeats ({kept.height} left) and data.min_user={min_user}, data.min_item={min_item}: lower these"
         )
+    if core.height >= 2**31:
+        raise UserError(f"{source}: {core.height:,} actions; one data set holds at most 2^31 - 1")
     users, items = (core.sort("row")[column].unique(maintain_order=True) for column in ("user", "item"))
     if len(items) < 2:
         raise UserError(f"{source}: the catalogue has a single item, {items[0]!r}: nothing to rank")
@@ -83,12 +85,13 @@ def build(
         "source": source,
         "format": form,
         "rows_read": table.rows_read,
-        "rejected": {r.reason: {"count": r.count, "first": f"line {r.line}: {r.text}"} for r in table.rejections},
+        "rejected": {r.reason: {"count": r.count, "first": f"{source}:{r.line}: {r.text}"} for r in table.rejections},
         "blank_lines": table.blank_lines,
         "repeats": {"count": read.height - unique.height, "policy": repeats},
         "kcore": {
             "users_removed": kept["user"].n_unique() - len(users),
             "items_removed": kept["item"].n_unique() - len(items),
+            "actions_removed": kept.height - core.height,
             "rounds": rounds,
         },
         **_statistics(items_A, offsets_U1, len(items)),
@@ -111,7 +114,7 @@ def print_report(report: dict) -> None:
     """The data report for people."""
     length, repeats, core = report["length"], report["repeats"], report["kcore"]
     test, rejected = report["test_in_history"], report["rejected"]
-    removed = f"{core['users_removed']:,} users and {core['items_removed']:,} items"
+    removed = f"{core['users_removed']:,} users, {core['items_removed']:,} items, {core['actions_removed']:,} actions"
     rows = {
         "source": f"{report['source']} ({report['format']})",
         "rows read": f"{report['rows_read']:,}, and {report['blank_lines']:,} blank lines",

@@ -21,7 +21,7 @@ DATASETS = {
 def resolve(config_data: ConfigDict) -> tuple[Path, str]:
     """The file (or TFDS folder) that `config.data` names, and its format. Raises UserError where it names none."""
     if config_data.path:
-        path = Path(config_data.path)
+        path = Path(config_data.path).expanduser()
     elif config_data.name not in DATASETS:
         raise unknown("data.name", config_data.name, DATASETS)
     elif not config_data.dir:
@@ -30,7 +30,7 @@ def resolve(config_data: ConfigDict) -> tuple[Path, str]:
             "set --config.data.dir=FOLDER"
         )
     else:
-        path = Path(config_data.dir) / DATASETS[config_data.name]
+        path = Path(config_data.dir).expanduser() / DATASETS[config_data.name]
     if config_data.format:
         if config_data.format not in FORMATS:
             raise unknown("data.format", config_data.format, FORMATS)
