@@ -13,9 +13,9 @@ from configs import base
 
 
 def paper(config: ConfigDict) -> None:
-    """Section 4.1 and Table 3. The paper does not give dropout, epochs, patience and the number of negatives."""
+    """Section 4.1 and Table 3. Dropout, epochs, patience and the number of negatives are not in the paper, but ours."""
     config.encoder.update(activation="relu", input_norm=False, init="truncated_normal", init_scale=0.01)
-    config.loss.next_item = "sampled"
+    config.loss.update(next_item="sampled", negatives=512)
     config.train.max_epochs = 60
     # A lambda of 0.1 beside a loss summed over a user's time steps (Eq. 14, 15) is 0.02 beside our mean over targets,
     # five or so a user on these data.

@@ -1,7 +1,10 @@
 """Pop: every user gets the most popular items. Nothing is trained; the floor that a method has to clear.
 
-python -m seqrec_jax.main --config=configs/pop.py
-python -m seqrec_jax.main --config=configs/pop.py:beauty --config.data.dir=DATA
+Beauty, training counts, test HR@10 / NDCG@10: 0.0115 / 0.0055 under protocol D, 0.0114 / 0.0053 under B (as in CL4SRec,
+Table 2), in seconds.
+
+    python -m seqrec_jax.main --config=configs/pop.py
+    python -m seqrec_jax.main --config=configs/pop.py:beauty --config.data.dir=DATA
 """
 
 from ml_collections import ConfigDict
