@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = {
     "data.synthetic_users": 100, "data.synthetic_items": 300, "encoder.max_length": 16, "encoder.dim": 8,
     "encoder.ffn": 16, "encoder.layers": 1, "train.batch_size": 24, "train.log_every": 1, "report.baselines": "",
+    "train.schedule": "constant",
 }  # fmt: skip
 
 

@@ -299,6 +299,13 @@ def test_bad_row_names_file_and_line(cache, tmp_path, capsys):
 
 
 def test_the_process_exits_with_the_code(tmp_path):
-    command = [sys.executable, "-m", "seqrec_jax.main", f"--workdir={tmp_path}", "--mode=evaluate"]
+    command = [sys.executable, "-m", "seqrec_jax.main", f"--workdir={tmp_path}", "--mode=train"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert process.returncode == 2 and process.stderr.startswith("error: --config is missing")
+
+
+def test_checkpoints_alone_are_enough_to_recommend(trained, tmp_path, capsys):
+    """No config.json, no data: the config travels inside the checkpoint."""
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    assert main([f"--workdir={tmp_path}", "--mode=recommend", "--history=1,2", "--k=3"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3

@@ -313,7 +313,7 @@ def test_changed_config_is_refused_with_the_difference(uninterrupted, cache, cap
     before = snapshot(uninterrupted)
     assert main(flags(cache, uninterrupted, encoder__dim=16, train__learning_rate=0.5)) == 2
     said = capsys.readouterr().err
-    assert "encoder.dim: 8 there, 16 now" in said and "train.learning_rate: 0.001 there, 0.5 now" in said
+    assert "encoder.dim: 8 there, 16 now" in said and "train.learning_rate: 0.003 there, 0.5 now" in said
     assert said.count(" there, ") == 2 and snapshot(uninterrupted) == before
 
 
