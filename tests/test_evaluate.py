@@ -21,7 +21,7 @@ from seqrec_jax.systems import System
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# /work/shared/data/README.md, section 4: HR@5, HR@10, HR@20, NDCG@5, NDCG@10, NDCG@20 of the popularity recommender.
+# Published by CL4SRec and S3-Rec: HR@5, HR@10, HR@20, NDCG@5, NDCG@10, NDCG@20 of the popularity recommender.
 GOLDEN = {
     ("beauty", "train", "B"): (0.0072, 0.0114, 0.0195, 0.0040, 0.0053, 0.0073),
     ("sports", "train", "B"): (0.0055, 0.0090, 0.0149, 0.0040, 0.0051, 0.0066),
