@@ -171,8 +171,15 @@ def best_checkpoint(workdir: Path) -> tuple[Store, int, dict]:
 
 def check_best(store: Store, meta: dict) -> None:
     """Refuses to train on where the best checkpoint so far is damaged: the run could not end with it."""
-    if meta["best_value"] is not None:
+    if meta["best_value"] is None:
+        return
+    try:
         _verify(store.directory / str(meta["best_step"]))
+    except Damaged as damage:
+        raise UserError(
+            f"the best checkpoint so far is damaged: {damage}. Restore it from a copy, or start again in another "
+            "--workdir"
+        ) from damage
 
 
 def latest_step(store: Store) -> int | None:

@@ -48,16 +48,22 @@ def test_sasrec_clears_popularity_and_its_loss_falls(cache, tmp_path, monkeypatc
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_hyperparameters_are_traced(cache):
-    """One compiled program serves every learning rate, temperature, dropout and ratio; each of them has its effect."""
+@pytest.fixture
+def tiny(cache):
+    """(config, mesh, system, layout, plan, data, train_steps) of a tiny CL4SRec."""
     config = load(str(ROOT / "configs" / "cl4srec.py"), [(key, str(value)) for key, value in TINY.items()])
     mesh = make_mesh(1, 1)
     dataset = prepare(config.data, cache)
     system = systems.build(config, dataset, mesh)
     layout, _ = run.train_layout(config, dataset, mesh)
     plan = plan_epoch(layout, epoch_key(config.seed, 0))
-    data, hparams = replicate(mesh, system.data), hparams_of(config)
-    train_steps = make_train_steps(system, config, mesh, 10)
+    return config, mesh, system, layout, plan, replicate(mesh, system.data), make_train_steps(system, config, mesh, 10)
+
+
+def test_hyperparameters_are_traced(tiny):
+    """One compiled program serves every learning rate, temperature, dropout and ratio; each of them has its effect."""
+    config, mesh, system, layout, plan, data, train_steps = tiny
+    hparams = hparams_of(config)
 
     def after_two_steps(**changes):
         state = init_state(system, config, hparams, mesh)
@@ -74,17 +80,10 @@ def test_hyperparameters_are_traced(cache):
     assert train_steps._cache_size() == 1
 
 
-def test_runs_that_differ_in_hyperparameters_train_as_one_program(cache):
+def test_runs_that_differ_in_hyperparameters_train_as_one_program(tiny):
     """vmap over the state and the hyperparameters: each lane is the run it would be alone."""
-    config = load(str(ROOT / "configs" / "cl4srec.py"), [(key, str(value)) for key, value in TINY.items()])
-    mesh = make_mesh(1, 1)
-    dataset = prepare(config.data, cache)
-    system = systems.build(config, dataset, mesh)
-    layout, _ = run.train_layout(config, dataset, mesh)
-    plan = plan_epoch(layout, epoch_key(config.seed, 0))
-    data = replicate(mesh, system.data)
+    config, mesh, system, layout, plan, data, train_steps = tiny
     lanes = [hparams_of(config) | changes for changes in ({"temperature": 1.0}, {"learning_rate": 0.01, "crop": 0.3})]
-    train_steps = make_train_steps(system, config, mesh, 10)
     alone = [
         train_steps(init_state(system, config, lane, mesh), jnp.int32(3), layout, plan, data, lane)[1]["loss"]
         for lane in lanes
