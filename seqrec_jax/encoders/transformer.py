@@ -30,34 +30,35 @@ class Block(nn.Module):
     init: Any
 
     @nn.compact
-    def __call__(self, x_RxLxD, visible_RxLxL, key, rate):
+    def __call__(self, x_NxD, visible_RxLxL, key, rate):
+        # Cells lie flat, N = R * L: XLA's CPU backend copies a three-dimensional operand of a weight's gradient.
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         norm = lambda name: nn.LayerNorm(config.norm_epsilon, dtype=jnp.float32, name=name)  # noqa: E731
         dense = lambda width, name: nn.Dense(width, kernel_init=self.init, dtype=dtype, name=name)  # noqa: E731
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         heads, width = config.heads, config.dim // config.heads
-        rows, length, dim = x_RxLxD.shape
+        rows, length, _ = visible_RxLxL.shape
 
-        source = norm("norm_attention")(x_RxLxD) if config.norm in ("pre", "query") else x_RxLxD
-        others = x_RxLxD if config.norm == "query" else source
+        source = norm("norm_attention")(x_NxD) if config.norm in ("pre", "query") else x_NxD
+        others = x_NxD if config.norm == "query" else source
         split = lambda x: x.reshape(rows, length, heads, width).swapaxes(1, 2)  # noqa: E731
         inputs = {"query": source, "key": others, "value": others}
-        query, key_, value = (split(dense(dim, name)(x)) for name, x in inputs.items())
+        query, key_, value = (split(dense(config.dim, name)(x)) for name, x in inputs.items())
         scores_RxHxLxL = jnp.einsum("rhqw,rhkw->rhqk", query, key_).astype(jnp.float32) / width**0.5
         weights = jax.nn.softmax(jnp.where(visible_RxLxL[:, None], scores_RxHxLxL, HIDE)).astype(dtype)
         mixed = jnp.einsum("rhqk,rhkw->rhqw", dropout(keys[0], weights, rate), value)
-        mixed = mixed.swapaxes(1, 2).reshape(rows, length, dim)
-        mixed = dropout(keys[1], dense(dim, "output")(mixed), rate)
-        x_RxLxD = (source if config.norm == "query" else x_RxLxD) + mixed
+        mixed = mixed.swapaxes(1, 2).reshape(x_NxD.shape)
+        mixed = dropout(keys[1], dense(config.dim, "output")(mixed), rate)
+        x_NxD = (source if config.norm == "query" else x_NxD) + mixed
         if config.norm == "post":
-            x_RxLxD = norm("norm_attention")(x_RxLxD)
+            x_NxD = norm("norm_attention")(x_NxD)
 
-        source = norm("norm_ffn")(x_RxLxD) if config.norm in ("pre", "query") else x_RxLxD
+        source = norm("norm_ffn")(x_NxD) if config.norm in ("pre", "query") else x_NxD
         activation = jax.nn.relu if config.activation == "relu" else lambda x: jax.nn.gelu(x, approximate=False)
         inner = activation(dense(config.ffn, "inner")(source))
-        inner = dropout(keys[2], dense(dim, "outer")(inner), rate)
-        x_RxLxD = (source if config.norm == "query" else x_RxLxD) + inner
-        return norm("norm_ffn")(x_RxLxD) if config.norm == "post" else x_RxLxD
+        inner = dropout(keys[2], dense(config.dim, "outer")(inner), rate)
+        x_NxD = (source if config.norm == "query" else x_NxD) + inner
+        return norm("norm_ffn")(x_NxD) if config.norm == "post" else x_NxD
 
 
 class Transformer(nn.Module):
@@ -75,14 +76,14 @@ class Transformer(nn.Module):
         positions = self.param("positions", init, (config.max_length, config.dim))
         x = embedded_RxLxD * (config.dim**0.5 if config.scale_embedding else 1.0) + positions[positions_RxL]
         x = norm("norm_input")(x) if config.input_norm else x
-        x = dropout(keys[0], x, embedding_rate).astype(config.dtype)
+        x = dropout(keys[0], x, embedding_rate).astype(config.dtype).reshape(-1, config.dim)
         visible = (segments_RxL[:, :, None] == segments_RxL[:, None, :]) & (segments_RxL[:, None, :] > 0)
         if self.causal:
             visible &= jnp.tril(jnp.ones((visible.shape[1],) * 2, bool))
         for layer in range(config.layers):
             x = Block(config, init, name=f"block_{layer}")(x, visible, keys[layer + 1], hidden_rate)
         x = norm("norm_output")(x) if config.final_norm else x
-        return x.astype(jnp.float32)
+        return x.astype(jnp.float32).reshape(embedded_RxLxD.shape)
 
 
 def initializer(config: ConfigDict):
