@@ -13,7 +13,7 @@ def get_config(argument: str = "") -> ConfigDict:
     """The defaults: SASRec on the embedded synthetic data."""
     config = ConfigDict()
     config.name = "base"  # names the default workdir
-    config.system = "sasrec"  # pop | sasrec | sasrec_aug | cl4srec
+    config.system = "sasrec"  # pop | sasrec | sasrec_aug | cl4srec | duorec
     config.seed = 0  # every random stream of the run
     config.init_from = ""  # workdir or checkpoint whose parameters this run starts from; "" = from scratch
 
@@ -62,6 +62,12 @@ def get_config(argument: str = "") -> ConfigDict:
     contrastive.weight = 0.1  # lambda
     contrastive.temperature = 1.0  # tau, divides the similarity
     contrastive.similarity = "dot"  # dot | cosine
+    contrastive.pairs = 256  # duorec: targets of a step, drawn at random, whose prefixes are contrasted
+    # duorec: what is contrasted with what. unsupervised (the state with a dropout view) | supervised (the state with a
+    # same-target history) | both_added (their sum) | duorec (the dropout view with the same-target history) | cl4srec
+    contrastive.mode = "duorec"
+    contrastive.same_target_negatives = "removed"  # duorec: removed (the paper) | kept (its published code)
+    contrastive.directions = "averaged"  # duorec: summed (the paper, Eq. 14: twice the value) | averaged (its code)
 
     config.augment = augment = ConfigDict()
     augment.operators = ("crop", "mask", "reorder")  # the set that views draw from

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from seqrec_jax.errors import UserError, unknown
 from seqrec_jax.protocol import PROTOCOLS
 
-SYSTEMS = ("pop", "sasrec", "sasrec_aug", "cl4srec")
+SYSTEMS = ("pop", "sasrec", "sasrec_aug", "cl4srec", "duorec")
 METRICS = (*(f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in (1, 5, 10, 20)), "mrr")
 
 # Intervals in the notation of mathematics. Every number of configs/base.py has one.
@@ -31,6 +31,7 @@ RANGES = {
     "loss.negatives": "[1, inf)",
     "contrastive.weight": "[0, inf)",
     "contrastive.temperature": "(0, inf)",
+    "contrastive.pairs": "[2, inf)",
     "augment.crop": "[0, 1]",
     "augment.mask": "[0, 1]",
     "augment.reorder": "[0, 1]",
@@ -67,6 +68,9 @@ CHOICES = {  # for a tuple: of each element
     "loss.next_item": ("full", "sampled", "bce", "bpr"),
     "loss.negative_distribution": ("uniform", "popularity"),
     "contrastive.similarity": ("dot", "cosine"),
+    "contrastive.mode": ("unsupervised", "supervised", "both_added", "duorec", "cl4srec"),
+    "contrastive.same_target_negatives": ("removed", "kept"),
+    "contrastive.directions": ("summed", "averaged"),
     "augment.operators": ("crop", "mask", "reorder"),
     "augment.choice": ("uniform", "different", "fixed"),
     "train.targets": ("all", "windows", "prefix"),
@@ -163,8 +167,12 @@ def _training_conflicts(config: ConfigDict, data_devices: int) -> Iterator[str]:
             f"train.batch_size={train.batch_size} is not divisible by the {data_devices} devices of mesh.data; "
             f"allowed: multiples of {data_devices}"
         )
-    if config.system == "cl4srec" and train.batch_size < 2:
-        yield f"train.batch_size={train.batch_size} leaves cl4srec's contrast without negatives; allowed: [2, inf)"
+    one_state_each = config.system == "cl4srec" or (config.system == "duorec" and train.targets == "prefix")
+    if one_state_each and train.batch_size < 2:
+        yield (
+            f"train.batch_size={train.batch_size} leaves {config.system}'s contrast without negatives; "
+            "allowed: [2, inf)"
+        )
     if config.system != "pop" and train.max_epochs == 0:
         yield f"train.max_epochs=0 does not train system={config.system}; allowed: [1, inf)"
     if 0 < train.max_steps <= train.warmup_steps:

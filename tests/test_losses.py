@@ -161,15 +161,16 @@ def test_losses_and_gradients_vmap_over_a_scalar():
 # Contrast -------------------------------------------------------------------------------------------------------------
 
 
-def info_nce_oracle(a, b, valid, temperature, similarity="dot"):
-    """Eq. 2, anchor by anchor: the positive among itself and the 2(N − 1) states of other users."""
+def info_nce_oracle(a, b, valid, temperature, similarity="dot", targets=None):
+    """Eq. 2, anchor by anchor: the positive among itself and the 2(N − 1) states of other users (of other targets)."""
+    targets = np.arange(len(a)) if targets is None else targets
     states = {(view, user): x[user] for view, x in enumerate((a, b)) for user in np.flatnonzero(valid)}
     if similarity == "cosine":
         states = {name: x / np.linalg.norm(x) for name, x in states.items()}
     losses = []
     for (view, user), anchor in states.items():
         positive = anchor @ states[1 - view, user] / temperature
-        others = [anchor @ x / temperature for (_, other), x in states.items() if other != user]
+        others = [anchor @ x / temperature for (_, other), x in states.items() if targets[other] != targets[user]]
         losses.append(cross_entropy(np.array([positive, *others]), 0))
     return np.mean(losses)
 
@@ -184,6 +185,23 @@ def test_info_nce_is_equation_2_over_the_valid_users(similarity):
         assert_matches(
             lambda x, y, t=temperature: info_nce(x, y, valid, t, similarity),
             lambda x, y, t=temperature: info_nce_oracle(x, y, valid, t, similarity),
+            a,
+            b,
+        )
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("targets", [None, [4, 4, 2, 4, 2, 7], [3] * 6], ids=["kept", "removed", "all the same"])
+def test_info_nce_is_duorecs_equation_14(similarity, targets):
+    """Summed directions are the two views' means; a negative with the anchor's target is none. Invalid users: 1."""
+    generator = np.random.default_rng(1)
+    a, b = generator.normal(size=(2, 6, 4)).astype(np.float32)
+    valid = np.arange(6) != 1
+    targets_U = None if targets is None else np.array(targets)
+    for directions, factor in (("averaged", 1), ("summed", 2)):
+        assert_matches(
+            lambda x, y, d=directions: info_nce(x, y, valid, 0.6, similarity, targets_U=targets_U, directions=d),
+            lambda x, y, f=factor: f * info_nce_oracle(x, y, valid, 0.6, similarity, targets_U),
             a,
             b,
         )

@@ -4,10 +4,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from seqrec_jax.data.dataset import SequenceDataset
-from seqrec_jax.systems import cl4srec, pop, sasrec
+from seqrec_jax.systems import cl4srec, duorec, pop, sasrec
 from seqrec_jax.systems.system import System, hparams_of
 
-BUILDERS = {"pop": pop.build, "sasrec": sasrec.build, "sasrec_aug": sasrec.build, "cl4srec": cl4srec.build}
+BUILDERS = {
+    "pop": pop.build,
+    "sasrec": sasrec.build,
+    "sasrec_aug": sasrec.build,
+    "cl4srec": cl4srec.build,
+    "duorec": duorec.build,
+}
 
 __all__ = ["BUILDERS", "System", "build", "hparams_of"]
 
