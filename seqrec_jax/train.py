@@ -205,8 +205,11 @@ def _judge(analysis, progress, step, seen) -> None:
         if progress.collapsed:
             log.warning(
                 "COLLAPSED: at step %d the model says the same of everybody: mean cosine of user states %.4f, the same "
-                "top 10 for %.0f%% of users. Try another config.train.learning_rate or config.contrastive.weight", step, seen["mean_cosine"], 100 * seen["same_top10"],
-            )  # fmt: skip
+                "top 10 for %.0f%% of users. Try another config.train.learning_rate or config.contrastive.weight",
+                step,
+                seen["mean_cosine"],
+                100 * seen["same_top10"],
+            )
 
 
 def _log_steps(lines, bar, sums, step, until, steps_per_epoch, seconds) -> None:
