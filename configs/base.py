@@ -110,6 +110,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.report = report = ConfigDict()
     report.baselines = ("pop",)  # systems run beside this one, same loss, data and budget
+    report.analysis = False  # alignment, uniformity and item spectrum at every validation, not at the end alone
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices the batch is split over; -1 = all that mesh.model leaves

@@ -22,21 +22,31 @@ python -m seqrec_jax.main --config=configs/NAME.py[:DATASET,VARIANT] [--config.k
     --config=FILE        a file of configs/, or the config.json of a run (default: the one in --workdir)
     --config.key=value   overrides one key; configs/base.py lists and explains them all
     --workdir=FOLDER     where the run lives; the same command resumes it (default: runs/NAME-HASH)
-    --mode=MODE          train (default), evaluate, recommend
+    --mode=MODE          train (default), evaluate, recommend, report
     --history=ID,ID,...  recommend: the items a user has met, oldest first
-    --k=10               recommend: how many items to name"""
-FLAGS = {"config": "", "workdir": "", "mode": "train", "history": "", "k": "10"}  # name: default
-MODES = ("train", "evaluate", "recommend")
+    --k=10               recommend: how many items to name
+    --workdirs=A,B,...   report: finished runs to set side by side; no --config is needed
+    --out=report.html    report: the page to write
+    --force              report: also runs of different data or protocols"""
+FLAGS = {  # name: default
+    "config": "", "workdir": "", "mode": "train", "history": "", "k": "10", "workdirs": "", "out": "report.html",
+}  # fmt: skip
+SWITCHES = ("force",)  # flags without a value
+MODES = ("train", "evaluate", "recommend", "report")
+MODE_FLAGS = {"recommend": ("history", "k"), "report": ("workdirs", "out", "force")}  # they belong to one mode
 
 
 class Arguments(NamedTuple):
     """The command line, understood."""
 
-    config: ConfigDict
-    workdir: Path
+    config: ConfigDict | None  # None: --mode=report, which reads those of the runs
+    workdir: Path | None
     mode: str
     history: tuple[str, ...]
     k: int
+    workdirs: tuple[Path, ...]
+    out: Path
+    force: bool
 
 
 # Command line ---------------------------------------------------------------------------------------------------------
@@ -52,34 +62,61 @@ def parse_arguments(argv: Sequence[str], config_in: Callable[[Path], str] | None
         raise SystemExit(0)
     given = _flags(argv)
     flags = FLAGS | {name: text for name, text in given.items() if name in FLAGS}
-    overrides = [(name.removeprefix("config."), text) for name, text in given.items() if name not in FLAGS]
-
-    history = tuple(part.strip() for part in flags["history"].split(",") if part.strip())
-    if flags["mode"] not in MODES:
-        raise unknown("--mode", flags["mode"], MODES)
-    if flags["mode"] == "recommend" and not history:
-        raise UserError("--mode=recommend needs --history=ID,ID,... (the items a user has met, oldest first)")
-    if flags["mode"] != "recommend" and given.keys() & {"history", "k"}:
-        raise UserError(f"--history and --k belong to --mode=recommend, but the mode is {flags['mode']}")
-    if not flags["k"].isdecimal() or int(flags["k"]) < 1:
-        raise UserError(f"--k={flags['k']} is out of range; allowed: a whole number in [1, inf)")
+    overrides = [(name.removeprefix("config."), text) for name, text in given.items() if name.startswith("config.")]
+    _check_mode(flags, given)
 
     workdir = Path(flags["workdir"]).expanduser() if flags["workdir"] else None
+    arguments = Arguments(
+        config=None,
+        workdir=workdir,
+        mode=flags["mode"],
+        history=_listed(flags["history"]),
+        k=int(flags["k"]),
+        workdirs=tuple(Path(folder).expanduser() for folder in _listed(flags["workdirs"])),
+        out=Path(flags["out"]).expanduser(),
+        force="force" in given,
+    )
+    if arguments.mode == "report":
+        return arguments
     source = flags["config"]
     if not source and workdir and (workdir / "config.json").is_file():
         source = str(workdir / "config.json")
     if not source and config_in and workdir and flags["mode"] != "train":
-        config = _overridden(from_json(config_in(workdir)), overrides)
-        return Arguments(config, workdir, flags["mode"], history, int(flags["k"]))
+        return arguments._replace(config=_overridden(from_json(config_in(workdir)), overrides))
     if not source:
         raise UserError("--config is missing, as in --config=configs/cl4srec.py (--help shows all flags)")
     config = load(source, overrides)
-    return Arguments(config, workdir or default_workdir(config), flags["mode"], history, int(flags["k"]))
+    return arguments._replace(config=config, workdir=workdir or default_workdir(config))
+
+
+def _check_mode(flags: Mapping[str, str], given: Iterable[str]) -> None:
+    """Refuses an unknown mode, flags of another mode, and a mode without what it needs."""
+    mode = flags["mode"]
+    if mode not in MODES:
+        raise unknown("--mode", mode, MODES)
+    for owner, names in MODE_FLAGS.items():
+        if mode != owner and set(names) & set(given):
+            raise UserError(
+                f"{', '.join(f'--{name}' for name in names)} belong to --mode={owner}, but the mode is {mode}"
+            )
+    foreign = [name for name in given if name not in ("mode", *MODE_FLAGS["report"])]
+    if mode == "report" and foreign:
+        raise UserError(f"--{foreign[0]} has no meaning with --mode=report: it reads the configs of --workdirs=A,B,...")
+    if mode == "report" and not _listed(flags["workdirs"]):
+        raise UserError("--mode=report needs --workdirs=A,B,... (the folders of finished runs)")
+    if mode == "recommend" and not _listed(flags["history"]):
+        raise UserError("--mode=recommend needs --history=ID,ID,... (the items a user has met, oldest first)")
+    if not flags["k"].isdecimal() or int(flags["k"]) < 1:
+        raise UserError(f"--k={flags['k']} is out of range; allowed: a whole number in [1, inf)")
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _flags(argv: Sequence[str]) -> dict[str, str]:
     """`--name=text` and `--name text` as {name: text}; refuses what is unknown, repeated or has no dashes."""
-    known = [*FLAGS, *(f"config.{key}" for key in flatten(_base()))]
+    known = [*FLAGS, *SWITCHES, *(f"config.{key}" for key in flatten(_base()))]
     given: dict[str, str] = {}
     words = iter(argv)
     for word in words:
@@ -90,7 +127,9 @@ def _flags(argv: Sequence[str]) -> dict[str, str]:
         if name not in known:
             hint = _nearest(name, known, "--")
             raise UserError(f"--{name} is unknown.{hint} --help shows the flags, configs/base.py every key")
-        if not equals:
+        if name in SWITCHES and equals:
+            raise UserError(f"--{name} takes no value")
+        if name not in SWITCHES and not equals:
             text = next(words, "--")
             if text.startswith("--"):
                 raise UserError(f"--{name} needs a value, as in --{name}=VALUE")

@@ -34,6 +34,11 @@ def main(argv: Sequence[str]) -> int:
 def run(argv: Sequence[str]) -> int:
     """Understands the command line before it loads anything heavy, then dispatches."""
     arguments = parse_arguments(argv, _config_in)
+    if arguments.mode == "report":
+        from seqrec_jax.compare import compare
+
+        compare(arguments.workdirs, arguments.out, force=arguments.force)
+        return 0
     config, workdir = arguments.config, arguments.workdir
 
     import jax

@@ -1,10 +1,23 @@
 """Tables and plots of a finished run."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from seqrec_jax.workdir import read_lines
 
 COLUMNS = ("hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr@10", "mrr")
+FIGURES = {  # of results["analysis"]: what they are called
+    "alignment": "alignment",
+    "target_alignment": "same-target alignment",
+    "uniformity": "uniformity",
+    "mean_cosine": "user cosine",
+    "item_cosine": "item cosine",
+    "effective_rank": "effective rank",
+}
 
 
 def table(results: dict) -> str:
@@ -25,39 +38,109 @@ def table(results: dict) -> str:
     lines += [f"{name:<{width}}" + "".join(f"{metrics[column]:9.4f}" for column in COLUMNS) for name, metrics in rows]
     if "steps" in results:
         lines.append(f"\n{results['steps']:,} steps, {results['train_seconds']:.1f} s of training")
+    if results.get("analysis"):
+        found = results["analysis"]
+        lines.append(", ".join(f"{title} {found[name]:.3f}" for name, title in FIGURES.items() if name in found))
+    if results.get("collapsed"):
+        lines.append(f"COLLAPSED at step {results['collapsed']['step']}: the model says the same of everybody")
     return "\n".join(lines)
 
 
 def plots(workdir: Path, results: dict) -> None:
-    """plots/loss.png and plots/validation.png, each run that was trained in one curve; plots/test.png, the bars."""
+    """In plots/: loss, validation, spectrum and alignment curves of each run that was trained, the items of the run
+    itself in two dimensions, and test, the bars. Those without anything to show are left out.
+    """
+    folder, data = workdir / "plots", results["dataset"]["name"]
+    folder.mkdir(exist_ok=True)
+    runs = {results["system"]: workdir} | {name: workdir / "baselines" / name for name in results["baselines"]}
+    lines = {name: read_lines(run / "metrics.jsonl") for name, run in runs.items()}
+    found = {name: read_arrays(run) for name, run in runs.items() if (run / "analysis.npz").is_file()}
+    with picture(folder / "loss.png") as (axes,):
+        draw_curves(axes, lines, "train", "next_item", f"next-item loss, {data}")
+    with picture(folder / "validation.png") as (axes,):
+        draw_curves(axes, lines, "valid", results["metric"], f"validation {results['metric']}, {data}")
+    if found:
+        with picture(folder / "spectrum.png") as (axes,):
+            draw_spectra(axes, found, f"singular values of the items, {data}")
+    if results["system"] in found:
+        with picture(folder / "projection.png") as (axes,):
+            draw_items(axes, found[results["system"]], f"items of {results['system']}, {data}")
+    if has_analysis(lines):
+        with picture(folder / "alignment.png", panels=2) as panels:
+            draw_analysis(panels, lines)
+    scores = {results["system"]: results["test"]} | {n: b["test"] for n, b in results["baselines"].items()}
+    with picture(folder / "test.png") as (axes,):
+        for index, (name, metrics) in enumerate(scores.items()):
+            places = [place + index * 0.8 / len(scores) for place in range(len(COLUMNS))]
+            axes.bar(places, [metrics[column] for column in COLUMNS], 0.8 / len(scores), align="edge", label=name)
+        axes.set_xticks([place + 0.4 for place in range(len(COLUMNS))], COLUMNS)
+        axes.set(title=f"test, {data}, protocol {results['protocol']}")
+
+
+def read_arrays(workdir: Path) -> dict[str, np.ndarray]:
+    """The arrays of `workdir`/analysis.npz."""
+    with np.load(workdir / "analysis.npz") as file:
+        return dict(file)
+
+
+@contextlib.contextmanager
+def picture(target: Path | BinaryIO, panels: int = 1) -> Iterator[tuple]:
+    """Gives `panels` axes side by side to draw on, then writes them to `target` as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    folder = workdir / "plots"
-    folder.mkdir(exist_ok=True)
-    runs = {results["system"]: read_lines(workdir / "metrics.jsonl")}
-    runs |= {name: read_lines(workdir / "baselines" / name / "metrics.jsonl") for name in results["baselines"]}
-    metric = results["metric"]
-    for kind, value, title in (("train", "next_item", "next-item loss"), ("valid", metric, f"validation {metric}")):
-        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-        for name, lines in runs.items():
-            points = [(line["step"], line[value]) for line in lines if line["kind"] == kind]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=name)
-        axes.set(xlabel="step", ylabel=title, title=f"{title}, {results['dataset']['name']}")
-        if axes.lines:
-            axes.legend()
-        figure.savefig(folder / ("loss.png" if kind == "train" else "validation.png"), dpi=120)
-        plt.close(figure)
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    scores = {results["system"]: results["test"]} | {n: b["test"] for n, b in results["baselines"].items()}
-    for index, (name, metrics) in enumerate(scores.items()):
-        places = [place + index * 0.8 / len(scores) for place in range(len(COLUMNS))]
-        axes.bar(places, [metrics[column] for column in COLUMNS], 0.8 / len(scores), align="edge", label=name)
-    axes.set_xticks([place + 0.4 for place in range(len(COLUMNS))], COLUMNS)
-    axes.set(title=f"test, {results['dataset']['name']}, protocol {results['protocol']}")
-    axes.legend()
-    figure.savefig(folder / "test.png", dpi=120)
+    figure, axes = plt.subplots(1, panels, figsize=(1 + 5 * panels, 4), layout="constrained", squeeze=False)
+    yield tuple(axes[0])
+    for panel in axes[0]:
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend()
+    figure.savefig(target, dpi=120, format="png")
     plt.close(figure)
+
+
+# What is drawn, of {name of a run: its lines or arrays} ---------------------------------------------------------------
+
+
+def draw_curves(axes: Any, lines: dict[str, list[dict]], kind: str, value: str, title: str) -> None:
+    """`value` of the lines of `kind` (train or valid) by step."""
+    for name, points in lines.items():
+        points = [(line["step"], line[value]) for line in points if line["kind"] == kind]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name)
+    axes.set(xlabel="step", ylabel=title.partition(",")[0], title=title)
+
+
+def draw_spectra(axes: Any, found: dict[str, dict], title: str) -> None:
+    """Normalised singular values of the item tables, as in DuoRec's Figure 1c."""
+    for name, arrays in found.items():
+        axes.plot(np.arange(1, len(arrays["spectrum_D"]) + 1), arrays["spectrum_D"], label=name)
+    axes.set(xlabel="index", ylabel="share of the largest", ylim=(0, 1.05), title=title)
+
+
+def draw_items(axes: Any, arrays: dict, title: str) -> None:
+    """The items along two singular directions, the frequent ones dark and on top, as in DuoRec's Figure 1a."""
+    order = np.argsort(arrays["train_count_V"], kind="stable")
+    colour_V = np.log10(1 + arrays["train_count_V"][order])
+    dots = axes.scatter(*arrays["projection_Vx2"][order].T, c=colour_V, s=4, cmap="viridis_r")
+    axes.figure.colorbar(dots, label="log10(1 + times in training)")
+    axes.axhline(0, color="grey", linewidth=0.5)
+    axes.axvline(0, color="grey", linewidth=0.5)
+    axes.set(xlabel="first direction", ylabel="second direction", title=title)
+
+
+def has_analysis(lines: dict[str, list[dict]]) -> bool:
+    """Whether any validation line has the figures of config.report.analysis."""
+    return any("uniformity" in line for points in lines.values() for line in points)
+
+
+def draw_analysis(panels: tuple, lines: dict[str, list[dict]]) -> None:
+    """Validation HR@10 against uniformity and against alignment; the dot is the last validation."""
+    for axes, figure in zip(panels, ("uniformity", "alignment"), strict=True):
+        for name, points in lines.items():
+            points = [(line[figure], line["hr@10"]) for line in points if figure in line]
+            if points:
+                (line,) = axes.plot(*zip(*points, strict=True), marker=".", linewidth=1, label=name)
+                axes.plot(*points[-1], "o", color=line.get_color())
+        axes.set(xlabel=f"{figure} (smaller is better)", ylabel="validation hr@10", title=f"hr@10 against {figure}")

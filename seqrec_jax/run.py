@@ -7,11 +7,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from seqrec_jax import checkpoint, report, systems
 from seqrec_jax import config as configuration
+from seqrec_jax.analysis import arrays, make_analysis
 from seqrec_jax.data import batches
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.prepare import prepare, print_report
@@ -112,10 +114,14 @@ def _results(config, workdir, dataset, mesh, stop) -> dict:
         return results | _metrics(config, dataset, system, params, mesh) | {"steps": 0, "train_seconds": 0.0}
     layout, _ = train_layout(config, dataset, mesh)
     validate = make_evaluator(dataset, config, "valid", mesh)
-    state, progress, parent = train(config, workdir, dataset, system, layout, validate, mesh, stop)
+    analysis = make_analysis(dataset, config, mesh)
+    state, progress, parent = train(config, workdir, dataset, system, layout, validate, analysis, mesh, stop)
     store = checkpoint.open_store(workdir, create=False)
     params = checkpoint.restore_params(store, progress.best_step, mesh)
     test = make_evaluator(dataset, config, "test", mesh)(system, params)
+    found = arrays(params, dataset, mesh)
+    if jax.process_index() == 0:
+        np.savez(workdir / "analysis.npz", **found)
     return results | {
         "test": test,
         "valid": progress.best_metrics,
@@ -123,6 +129,8 @@ def _results(config, workdir, dataset, mesh, stop) -> dict:
         "best_step": progress.best_step,
         "train_seconds": progress.train_seconds,
         "parent": parent,
+        "analysis": analysis.figures(system, params) | progress.best_watch,
+        "collapsed": progress.collapsed,
     }
 
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from seqrec_jax import checkpoint
+from seqrec_jax.analysis import Analysis
 from seqrec_jax.data.batches import Layout, epoch_key, plan_epoch
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.errors import RunFailed
@@ -28,6 +29,9 @@ from seqrec_jax.train_step import NO_STEP, TrainState, init_state, make_train_st
 from seqrec_jax.workdir import Log
 
 log = logging.getLogger(__name__)
+
+
+JUDGED_FROM = 3  # epochs; before, a model may well say the same of everybody
 
 
 class Stopped(Exception):
@@ -44,6 +48,8 @@ class Progress:
     waiting: int = 0  # validations since the best
     train_seconds: float = 0.0
     validated_step: int = -1
+    best_watch: dict = dataclasses.field(default_factory=dict)  # what the collapse watch saw in the best
+    collapsed: dict | None = None  # what it saw when it first gave alarm, and the step
 
 
 @contextlib.contextmanager
@@ -75,12 +81,15 @@ def train(
     system: System,
     layout: Layout,
     validate: Evaluator,
+    analysis: Analysis,
     mesh: Mesh,
     stop: threading.Event,
 ) -> tuple[TrainState, Progress, dict]:
     """Trains until a bound or patience ends it; resumes from `workdir`. Returns (last state, progress, provenance).
 
-    Raises Stopped when `stop` is set (after saving) and RunFailed on a loss or gradient that is not finite.
+    The collapse watch looks at every validation and judges from the end of the third epoch on; when training ends, it
+    judges the best checkpoint, wherever that was. Raises Stopped when `stop` is set (after saving) and RunFailed on a
+    loss or gradient that is not finite.
     """
     hparams, total = hparams_of(config), total_steps(config, layout)
     store = checkpoint.open_store(workdir, create=True)
@@ -102,7 +111,7 @@ def train(
         while True:
             done = step >= total or _exhausted(config, progress)
             if step != progress.validated_step and (done or (step and step % eval_every == 0)):
-                _validate(config, validate, system, state, progress, step, lines, bar)
+                _validate(config, validate, analysis, system, state, progress, step / layout.steps, lines, bar)
                 save()
                 continue
             if done:
@@ -127,6 +136,7 @@ def train(
             ends = step >= total or _exhausted(config, progress)
             if step % save_every == 0 and step % eval_every and not ends:  # else saved with what validation says
                 save()
+    _judge(analysis, progress, progress.best_step, progress.best_watch)
     return state, progress, parent
 
 
@@ -144,7 +154,8 @@ def _begin(config, dataset, system, hparams, store, mesh) -> tuple[TrainState, P
         state, meta = restored
         checkpoint.check_data(meta, dataset, store.directory)
         checkpoint.check_best(store, meta)
-        progress = Progress(**{field.name: meta[field.name] for field in dataclasses.fields(Progress)})
+        names = {field.name for field in dataclasses.fields(Progress)}
+        progress = Progress(**{name: meta[name] for name in names & meta.keys()})  # an older one knows less
         log.info("resuming at step %d", int(state.step))
         return state, progress, meta["parent"]
     if config.init_from:
@@ -170,16 +181,35 @@ def _exhausted(config, progress) -> bool:
     return bool(out_of_patience or (train.max_seconds and progress.train_seconds >= train.max_seconds))
 
 
-def _validate(config, validate, system, state, progress, step, lines, bar) -> None:
-    metrics = validate(system, state.params)
+def _validate(config, validate, analysis, system, state, progress, epoch, lines, bar) -> None:
+    step = int(state.step)
+    metrics, seen = validate(system, state.params), analysis.watch(system, state.params)
     value = metrics[validate.protocol.metric]
     progress.validated_step = step
     if progress.best_value is None or value > progress.best_value:
         progress.best_step, progress.best_value, progress.best_metrics, progress.waiting = step, value, metrics, 0
+        progress.best_watch = seen
     else:
         progress.waiting += 1
-    lines.write("valid", step, metrics | {"train_seconds": progress.train_seconds})
+    if epoch >= JUDGED_FROM:
+        _judge(analysis, progress, step, seen)
+    if config.report.analysis:
+        seen = seen | analysis.figures(system, state.params)
+    lines.write("valid", step, metrics | seen | {"train_seconds": progress.train_seconds})
     bar.set_description(f"{config.name} valid {validate.protocol.metric} {value:.4f} (best {progress.best_value:.4f})")
+
+
+def _judge(analysis, progress, step, seen) -> None:
+    if progress.collapsed is None:
+        progress.collapsed = analysis.collapse(step, seen)
+        if progress.collapsed:
+            log.warning(
+                "COLLAPSED: at step %d the model says the same of everybody: mean cosine of user states %.4f, the same "
+                "top 10 for %.0f%% of users. Try another config.train.learning_rate or config.contrastive.weight",
+                step,
+                seen["mean_cosine"],
+                100 * seen["same_top10"],
+            )
 
 
 def _log_steps(lines, bar, sums, step, until, steps_per_epoch, seconds) -> None:

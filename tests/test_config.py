@@ -166,6 +166,13 @@ def test_recommend_takes_a_history_and_the_config_of_the_workdir(tmp_path):
     assert (arguments.history, arguments.k, arguments.config.seed) == (("a", "b=1", "c"), 5, 7)
 
 
+def test_report_reads_the_runs_own_configs():
+    arguments = parse_arguments(["--mode=report", "--workdirs=a, b", "--force", "--out=page.html"])
+    assert (arguments.config, arguments.workdirs) == (None, (Path("a"), Path("b")))
+    assert (arguments.force, arguments.out) == (True, Path("page.html"))
+    assert not parse_arguments(["--mode=report", "--workdirs=a"]).force
+
+
 CONFIG = f"--config={BASE}"
 
 
@@ -187,6 +194,10 @@ CONFIG = f"--config={BASE}"
         ([CONFIG, "--mode=recommend", "--history=a", "--k=0"], ["--k=0", "[1, inf)"]),
         ([CONFIG, "--history=a"], ["--history", "--mode=recommend"]),
         (["--mode=train"], ["--config is missing"]),
+        (["--mode=report"], ["--workdirs=A,B"]),
+        (["--mode=report", "--workdirs=a", CONFIG], ["--config", "--mode=report"]),
+        (["--mode=report", "--workdirs=a", "--force=yes"], ["--force takes no value"]),
+        ([CONFIG, "--force"], ["--force", "--mode=report"]),
     ],
 )
 def test_command_line_mistakes_are_explained(argv, said):

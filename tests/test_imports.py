@@ -20,9 +20,9 @@ ORDER = [
     "losses.contrastive", "losses.negatives", "losses.softmax", "losses.next_item",
     "systems.system", "systems.pop", "systems.sasrec", "systems.cl4srec", "systems.duorec", "systems",
     "optimizer", "train_step",
-    "ranking", "evaluate",
+    "ranking", "evaluate", "analysis",
     "checkpoint", "workdir", "train",
-    "recommend", "report", "run", "main",
+    "recommend", "report", "compare", "run", "main",
     "",  # the package itself: only a door to the finished product
 ]  # fmt: skip
 

@@ -56,7 +56,12 @@ def traced_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "plots", lambda *_: None)
-        for module, name in ((systems, "build"), (run, "make_evaluator"), (train, "make_train_steps")):
+        for module, name in (
+            (systems, "build"),
+            (run, "make_evaluator"),
+            (run, "make_analysis"),
+            (train, "make_train_steps"),
+        ):
             patch.setattr(module, name, once(getattr(module, name)))
         yield
 
@@ -177,6 +182,17 @@ def test_linear_schedule_and_warmup_continue(cache, tmp_path):
         run.train_and_evaluate(config_of(cache, **falling), tmp_path / "stopped", stop_after(5))
     assert main(flags(cache, tmp_path / "stopped", **falling)) == 0
     assert_equal_runs(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_figures_at_every_validation_continue(cache, tmp_path):
+    figures = {"report__analysis": True}
+    assert main(flags(cache, tmp_path / "whole", **figures)) == 0
+    with pytest.raises(train.Stopped):
+        run.train_and_evaluate(config_of(cache, **figures), tmp_path / "stopped", stop_after(5))
+    assert main(flags(cache, tmp_path / "stopped", **figures)) == 0
+    assert_equal_runs(tmp_path / "stopped", tmp_path / "whole")
+    last = lines_of(tmp_path / "whole")[-1]
+    assert {"alignment", "uniformity", "item_cosine", "effective_rank"} <= last.keys() and last["kind"] == "valid"
 
 
 def test_more_epochs_continue_a_finished_run(uninterrupted, cache, tmp_path):

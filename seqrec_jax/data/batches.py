@@ -51,6 +51,14 @@ def train_lengths(dataset: SequenceDataset) -> np.ndarray:
     return np.where(lengths_U >= 3, lengths_U - 2, lengths_U)
 
 
+def train_counts(dataset: SequenceDataset) -> np.ndarray:
+    """[items + 1] how often each item occurs in the training part."""
+    lengths_U = np.diff(dataset.offsets_U1)
+    place_A = np.arange(len(dataset.items_A)) - np.repeat(dataset.offsets_U1[:-1], lengths_U)
+    inside_A = place_A < np.repeat(train_lengths(dataset), lengths_U)
+    return np.bincount(dataset.items_A[inside_A], minlength=len(dataset.item_ids) + 1)
+
+
 def train_examples(dataset: SequenceDataset, targets: str, max_length: int) -> Examples:
     """The training examples of `train.targets`: all, windows or prefix (see configs/base.py)."""
     offset_U, inputs_U = dataset.offsets_U1[:-1], train_lengths(dataset) - 1  # the last training item is only a target

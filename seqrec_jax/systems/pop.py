@@ -5,7 +5,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from seqrec_jax.data.batches import train_lengths
+from seqrec_jax.data.batches import train_counts
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.encoders.transformer import table_rows
 from seqrec_jax.systems.system import System
@@ -22,13 +22,9 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
 
 def popularity_scores(dataset: SequenceDataset, counts: str) -> np.ndarray:
     """[table rows, 1] float32: the number of items less popular than each, so no two scores are equal."""
-    actions_A = dataset.items_A
-    if counts == "train":
-        place_A = np.arange(len(actions_A)) - np.repeat(dataset.offsets_U1[:-1], np.diff(dataset.offsets_U1))
-        actions_A = actions_A[place_A < np.repeat(train_lengths(dataset), np.diff(dataset.offsets_U1))]
     items = len(dataset.item_ids)
-    count_V = np.bincount(actions_A, minlength=items + 1)[1:]
-    best_first = np.argsort(-count_V, kind="stable") + 1  # dense ids follow first appearance
+    count_V = train_counts(dataset) if counts == "train" else np.bincount(dataset.items_A, minlength=items + 1)
+    best_first = np.argsort(-count_V[1:], kind="stable") + 1  # dense ids follow first appearance
     scores_Vx1 = np.zeros((table_rows(items), 1), np.float32)
     scores_Vx1[best_first, 0] = np.arange(items, 0, -1)
     return scores_Vx1

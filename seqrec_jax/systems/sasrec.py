@@ -29,8 +29,8 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
         )
         return value, (state, {"next_item": value})
 
-    def states(params, batch):
-        return transformer.last_states(transformer.encode(params, batch, encoder, None, NO_DROPOUT), batch)
+    def states(params, batch, key=None, hparams=NO_DROPOUT):
+        return transformer.last_states(transformer.encode(params, batch, encoder, key, hparams), batch)
 
     return System(
         init=lambda key: transformer.init(key, encoder, num_items),

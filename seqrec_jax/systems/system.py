@@ -12,7 +12,8 @@ class System:
     """init and loss train a model; states and params["items"] rank items by their dot product."""
 
     init: Callable[[Any], dict]  # key -> params, with the item table params["items"] [rows, D]
-    states: Callable[..., Any]  # (params, batch) -> user states [U, D], no dropout
+    # (params, batch) -> user states [U, D], no dropout; of what is trained also (params, batch, key, hparams), with it
+    states: Callable[..., Any]
     # (params, state, batch, key, hparams, data) -> (scalar, (state, metrics)); None: nothing to train
     loss: Callable[..., Any] | None = None
     data: Any = None  # pytree of device arrays that `loss` reads

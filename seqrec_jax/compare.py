@@ -1,0 +1,143 @@
+"""Several finished runs side by side: one HTML page that needs nothing else, neither network nor scripts."""
+
+import base64
+import contextlib
+import dataclasses
+import html
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from seqrec_jax import config as configuration
+from seqrec_jax import report
+from seqrec_jax.errors import UserError
+from seqrec_jax.protocol import protocol_of
+from seqrec_jax.workdir import read_lines
+
+STYLE = (
+    "body{font:15px sans-serif;margin:2em} table{border-collapse:collapse} td,th{padding:.2em .6em;text-align:right}"
+    " td:nth-child(-n+5){text-align:left} tr{border-bottom:1px solid #ccc} .warning{color:#b00;font-weight:bold}"
+)
+UNFINISHED = "its run is not finished; continue it with the command that began it"
+MIXED = "These runs differ in protocol or data, so their figures cannot be compared (--force)."
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a finished run left in its workdir."""
+
+    workdir: Path
+    results: dict
+    lines: list[dict]
+    arrays: dict[str, np.ndarray] | None  # None: nothing was trained
+    judged_by: tuple  # protocol, negatives if they are drawn, and data: equal ones can be compared
+
+
+def compare(workdirs: Sequence[Path], out: Path, *, force: bool = False) -> None:
+    """Writes the page `out` and prints where it is.
+
+    Raises UserError for a folder that is missing or whose run is not finished, for an `out` that cannot be written,
+    and, unless `force`, for runs of different protocols or data.
+    """
+    runs = [read_run(workdir) for workdir in workdirs]
+    mixed = len({run.judged_by for run in runs}) > 1
+    if mixed and not force:
+        told = "\n".join(f"  {run.workdir}: data {_data(run)}; {_protocol(run)}" for run in runs)
+        raise UserError(
+            f"--workdirs: runs of different protocols or data cannot be compared (--force does it):\n{told}"
+        )
+    try:
+        out.write_text(page(runs, mixed=mixed), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror}") from error
+    print(f"{MIXED}\n{out}" if mixed else out)
+
+
+def read_run(workdir: Path) -> Run:
+    """Reads a workdir, also one of `workdir/baselines`; UserError if its run is not finished."""
+    if not workdir.is_dir():
+        raise UserError(f"--workdirs: {workdir} is no folder")
+    try:
+        config = configuration.from_json((workdir / "config.json").read_text())
+        results = json.loads((workdir / "results.json").read_text())
+        arrays = report.read_arrays(workdir) if results.get("analysis") else None
+    except FileNotFoundError as error:
+        raise UserError(f"--workdirs: {workdir} has no {Path(error.filename).name}: {UNFINISHED}") from error
+    except ValueError as error:
+        raise UserError(f"--workdirs: {workdir} has a damaged file: {error}") from error
+    if results["config_hash"] != configuration.config_hash(config):
+        raise UserError(f"--workdirs: {workdir} has results of an earlier config: {UNFINISHED}")
+    protocol = protocol_of(config)
+    drawn = results["negatives"] if protocol.candidates == "sampled" else None
+    judged_by = (protocol, drawn, results["dataset"]["hash"])
+    return Run(workdir, results, read_lines(workdir / "metrics.jsonl"), arrays, judged_by)
+
+
+def page(runs: Sequence[Run], *, mixed: bool) -> str:
+    """The whole HTML page; every text in it is escaped."""
+    named = {f"{number} {run.results['system']}": run for number, run in enumerate(runs, 1)}
+    protocols = "".join(f"<p>{html.escape(line)}</p>" for line in dict.fromkeys(map(_protocol, runs)))
+    pictures = "".join(
+        f'<p><img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{html.escape(title)}"></p>'
+        for title, png in _pictures(named)
+    )
+    return (
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Runs side by side</title>'
+        f"<style>{STYLE}</style></head><body><h1>Runs side by side</h1>{protocols}{_table(runs, mixed)}{pictures}"
+        "</body></html>\n"
+    )
+
+
+def _table(runs: Sequence[Run], mixed: bool) -> str:
+    heads = ["run", "system", "workdir", "protocol", "data", "seed", *(f"test {name}" for name in report.COLUMNS)]
+    heads += ["best step", "steps", "seconds", *report.FIGURES.values(), "collapsed"]
+    caption = f'<caption class="warning">{MIXED}</caption>' if mixed else ""
+    rows = [heads, *(_row(number, run) for number, run in enumerate(runs, 1))]
+    cells = ["".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row)
+             for tag, row in zip(["th", *["td"] * len(runs)], rows, strict=True)]  # fmt: skip
+    return f"<table>{caption}" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+
+
+def _row(number: int, run: Run) -> list[str]:
+    results, collapsed = run.results, run.results.get("collapsed")
+    figures = results.get("analysis") or {}
+    return [
+        str(number), results["system"], str(run.workdir), results["protocol"], _data(run), str(results["seed"]),
+        *(f"{results['test'][name]:.4f}" for name in report.COLUMNS),
+        str(results.get("best_step", "")), f"{results['steps']:,}", f"{results['train_seconds']:.1f}",
+        *(f"{figures[name]:.4f}" if name in figures else "" for name in report.FIGURES),
+        f"at step {collapsed['step']}" if collapsed else "",
+    ]  # fmt: skip
+
+
+def _pictures(named: dict[str, Run]) -> Iterator[tuple[str, bytes]]:
+    """(title, PNG) of every picture that has something to show."""
+    lines = {name: run.lines for name, run in named.items()}
+    arrays = {name: run.arrays for name, run in named.items() if run.arrays}
+    metric = next(iter(named.values())).results["metric"]
+    curves = ("next-item loss and validation", lambda panels: _draw_curves(panels, lines, metric))
+    spectra = ("singular values of the items", lambda panels: report.draw_spectra(panels[0], arrays, spectra[0]))
+    against = ("hr@10 against uniformity and alignment", lambda panels: report.draw_analysis(panels, lines))
+    wanted = [(2, *curves, any(lines.values())), (1, *spectra, arrays), (2, *against, report.has_analysis(lines))]
+    for panels, title, draw, something in wanted:
+        if something:
+            with contextlib.closing(io.BytesIO()) as png:
+                with report.picture(png, panels) as axes:
+                    draw(axes)
+                yield title, png.getvalue()
+
+
+def _draw_curves(panels, lines, metric) -> None:
+    report.draw_curves(panels[0], lines, "train", "next_item", "next-item loss")
+    report.draw_curves(panels[1], lines, "valid", metric, f"validation {metric}")
+
+
+def _protocol(run: Run) -> str:
+    return run.results["protocol_line"]
+
+
+def _data(run: Run) -> str:
+    return f"{run.results['dataset']['name']} {run.results['dataset']['hash']}"
