@@ -11,21 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from seqrec_jax import checkpoint
 from seqrec_jax.analysis import Analysis
-from seqrec_jax.data.batches import Layout, epoch_key, plan_epoch
+from seqrec_jax.data.batches import Layout
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.errors import RunFailed
 from seqrec_jax.evaluate import Evaluator
 from seqrec_jax.protocol import protocol_of
-from seqrec_jax.sharding import replicate
-from seqrec_jax.systems import System, hparams_of
-from seqrec_jax.train_step import NO_STEP, TrainState, init_state, make_train_steps
+from seqrec_jax.systems import System
+from seqrec_jax.train_step import NO_STEP, TrainState, compile_program, init_state
 from seqrec_jax.workdir import Log
 
 log = logging.getLogger(__name__)
@@ -91,24 +89,38 @@ def train(
     judges the best checkpoint, wherever that was. Raises Stopped when `stop` is set (after saving) and RunFailed on a
     loss or gradient that is not finite.
     """
-    hparams, total = hparams_of(config), total_steps(config, layout)
+    total = total_steps(config, layout)
     store = checkpoint.open_store(workdir, create=True)
-    state, progress, parent = _begin(config, dataset, system, hparams, store, mesh)
-    step = int(state.step)
-    train_steps = make_train_steps(system, config, mesh, total)
-    plan_of = jax.jit(plan_epoch)
-    layout, data = replicate(mesh, layout), replicate(mesh, system.data)
+    state, progress, parent = _begin(config, dataset, system, store, mesh)
+    step = saved = int(state.step)
+    program = compile_program(system, config, mesh, layout, total, state)
     eval_every = config.eval.every or layout.steps
     save_every = config.train.save_every or eval_every
-    plan, plan_epoch_number = None, -1
     lines = Log(workdir, step, progress.validated_step)
     bar = tqdm(total=total, initial=step, unit="step", desc=config.name, disable=jax.process_index() > 0)
+    unread, read_at = None, 0.0  # the last dispatch, (sums, first step, last step); when the one before was read
 
     def save():
+        nonlocal saved
         checkpoint.save(store, state, identity(config, dataset) | dataclasses.asdict(progress) | {"parent": parent})
+        saved = step
+
+    def read(dispatch):
+        nonlocal read_at
+        sums, now = jax.device_get(dispatch[0]), time.perf_counter()
+        if sums["bad_step"] != NO_STEP:
+            raise RunFailed(_not_finite(int(sums["bad_step"]), store))
+        progress.train_seconds += now - read_at
+        _log_steps(lines, bar, sums, *dispatch[1:], layout.steps, now - read_at)
+        read_at = now
 
     with contextlib.closing(lines), bar:
         while True:
+            stops = stop.is_set()
+            rests = stops or step >= total or step % eval_every == 0 or step % save_every == 0
+            if unread and (rests or _exhausted(config, progress)):
+                read(unread)
+                unread = None
             done = step >= total or _exhausted(config, progress)
             if step != progress.validated_step and (done or (step and step % eval_every == 0)):
                 _validate(config, validate, analysis, system, state, progress, step / layout.steps, lines, bar)
@@ -116,26 +128,18 @@ def train(
                 continue
             if done:
                 break
-            if stop.is_set():
+            if stops:
                 save()
                 raise Stopped(f"stopped at step {step}; the same command continues from there")
-            if step // layout.steps != plan_epoch_number:
-                plan_epoch_number = step // layout.steps
-                plan = plan_of(layout, epoch_key(config.seed, plan_epoch_number))
+            if step % save_every == 0 and step != saved:
+                save()
             bounds = (config.train.log_every, layout.steps, eval_every, save_every)
             until = min(total, *((step // every + 1) * every for every in bounds))
-            began = time.perf_counter()
-            state, sums = train_steps(state, jnp.int32(until - step), layout, plan, data, hparams)
-            sums = jax.device_get(sums)
-            seconds = time.perf_counter() - began
-            if sums["bad_step"] != NO_STEP:
-                raise RunFailed(_not_finite(int(sums["bad_step"]), store))
-            progress.train_seconds += seconds
-            _log_steps(lines, bar, sums, step, until, layout.steps, seconds)
-            step = until
-            ends = step >= total or _exhausted(config, progress)
-            if step % save_every == 0 and step % eval_every and not ends:  # else saved with what validation says
-                save()
+            read_at = read_at if unread else time.perf_counter()
+            state, sums = program.run(state, step, until)
+            if unread:  # while the next steps are computed
+                read(unread)
+            unread, step = (sums, step, until), until
     _judge(analysis, progress, progress.best_step, progress.best_watch)
     return state, progress, parent
 
@@ -146,9 +150,9 @@ def total_steps(config: ConfigDict, layout: Layout) -> int:
     return min(epochs, config.train.max_steps) if config.train.max_steps else epochs
 
 
-def _begin(config, dataset, system, hparams, store, mesh) -> tuple[TrainState, Progress, dict]:
+def _begin(config, dataset, system, store, mesh) -> tuple[TrainState, Progress, dict]:
     """Workdir checkpoint > init_from > scratch."""
-    state = init_state(system, config, hparams, mesh)
+    state = init_state(system, config, mesh)
     restored = checkpoint.restore_latest(store, state)
     if restored:
         state, meta = restored

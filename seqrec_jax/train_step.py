@@ -1,17 +1,23 @@
 """The train state, one step, and many steps in one dispatch."""
 
+import dataclasses
+import logging
+import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from seqrec_jax.data.batches import Layout, Plan, batch_of
+from seqrec_jax.data.batches import Layout, Plan, batch_of, epoch_key, plan_epoch
 from seqrec_jax.optimizer import adam, schedule
-from seqrec_jax.sharding import shardings_of, split_rows
-from seqrec_jax.systems import System
+from seqrec_jax.sharding import replicate, shardings_of, split_rows
+from seqrec_jax.systems import System, hparams_of
+
+log = logging.getLogger(__name__)
 
 NO_STEP = 2**31 - 1  # no step was bad
 
@@ -31,12 +37,14 @@ def make_transform(config: ConfigDict, hparams: dict, rate: jax.Array):
     return adam(hparams, rate, decays=config.train.weight_decay > 0, clips=config.train.clip_norm > 0)
 
 
-def init_state(system: System, config: ConfigDict, hparams: dict, mesh: Mesh) -> TrainState:
+def init_state(system: System, config: ConfigDict, mesh: Mesh) -> TrainState:
     """A fresh state, laid out over the mesh; parameters depend on the seed alone."""
 
     def make(key):
         params = system.init(key)
-        return TrainState(jnp.int32(0), params, make_transform(config, hparams, 0.0).init(params), system.state)
+        return TrainState(
+            jnp.int32(0), params, make_transform(config, hparams_of(config), 0.0).init(params), system.state
+        )
 
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     shardings = shardings_of(mesh, jax.eval_shape(make, key))
@@ -87,3 +95,47 @@ def make_train_steps(system: System, config: ConfigDict, mesh: Mesh, total_steps
         return jax.lax.with_sharding_constraint(state, shardings_of(mesh, state)), sums
 
     return jax.jit(placed, donate_argnums=0)
+
+
+@dataclasses.dataclass
+class Program:
+    """The compiled steps of a run, with all that they read on the devices."""
+
+    seed: int
+    mesh: Mesh
+    layout: Layout
+    data: Any
+    hparams: dict
+    steps: Any = None  # compiled
+    epoch: int = -1
+    plan: Plan | None = None
+
+    def run(self, state: TrainState, step: int, until: int) -> tuple[TrainState, dict]:
+        """Dispatches steps `step` to `until` of one epoch and returns at once, before they are computed."""
+        arguments = self._arguments(step, until)
+        with jax.transfer_guard("disallow"):  # nothing is copied from or to the host unnoticed
+            return self.steps(state, *arguments)
+
+    def _arguments(self, step, until):
+        if step // self.layout.steps != self.epoch:
+            self.epoch = step // self.layout.steps
+            self.plan = jax.jit(plan_epoch)(self.layout, epoch_key(self.seed, self.epoch))
+        return replicate(self.mesh, np.int32(until - step)), self.layout, self.plan, self.data, self.hparams
+
+
+def compile_program(
+    system: System, config: ConfigDict, mesh: Mesh, layout: Layout, total_steps: int, state: TrainState
+) -> Program:
+    """Compiles, or finds in the compilation cache, the one program that takes all steps; logs how long that took."""
+    hparams = {name: np.float32(value) for name, value in hparams_of(config).items()}
+    program = Program(config.seed, mesh, *(replicate(mesh, tree) for tree in (layout, system.data, hparams)))
+    began = time.perf_counter()
+    lowered = make_train_steps(system, config, mesh, total_steps).lower(state, *program._arguments(int(state.step), 0))
+    traced = time.perf_counter()
+    program.steps = lowered.compile()
+    memory = program.steps.memory_analysis()
+    log.info(
+        "train step: traced in %.1f s, compiled in %.1f s%s", traced - began, time.perf_counter() - traced,
+        f", {memory.temp_size_in_bytes / 2**20:.0f} MiB of temporary memory" if memory else "",
+    )  # fmt: skip
+    return program

@@ -59,7 +59,7 @@ def fresh(cache):
         config, mesh = config_of(cache, **changes), make_mesh(1, 1)
         dataset = prepare(config.data, cache)
         system = systems.build(config, dataset, mesh)
-        return init_state(system, config, hparams_of(config), mesh), dataset
+        return init_state(system, config, mesh), dataset
 
     return make
 

@@ -17,7 +17,7 @@ ORDER = [
     "data.batches", "data.prefixes", "data.same_target",
     "augment", "sharding",
     "encoders.transformer",
-    "losses.contrastive", "losses.negatives", "losses.softmax", "losses.next_item",
+    "losses.softmax", "losses.contrastive", "losses.negatives", "losses.next_item",
     "systems.system", "systems.pop", "systems.sasrec", "systems.cl4srec", "systems.duorec", "systems",
     "optimizer", "train_step",
     "ranking", "evaluate", "analysis",

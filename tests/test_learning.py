@@ -66,7 +66,7 @@ def test_hyperparameters_are_traced(tiny):
     hparams = hparams_of(config)
 
     def after_two_steps(**changes):
-        state = init_state(system, config, hparams, mesh)
+        state = init_state(system, config, mesh)
         state, sums = train_steps(state, jnp.int32(2), layout, plan, data, hparams | changes)
         assert sums["bad_step"] == NO_STEP
         return np.asarray(state.params["items"])
@@ -85,10 +85,10 @@ def test_runs_that_differ_in_hyperparameters_train_as_one_program(tiny):
     config, mesh, system, layout, plan, data, train_steps = tiny
     lanes = [hparams_of(config) | changes for changes in ({"temperature": 1.0}, {"learning_rate": 0.01, "crop": 0.3})]
     alone = [
-        train_steps(init_state(system, config, lane, mesh), jnp.int32(3), layout, plan, data, lane)[1]["loss"]
+        train_steps(init_state(system, config, mesh), jnp.int32(3), layout, plan, data, lane)[1]["loss"]
         for lane in lanes
     ]
-    states = [init_state(system, config, lane, mesh) for lane in lanes]
+    states = [init_state(system, config, mesh) for lane in lanes]
     state, hparams = (jax.tree.map(lambda *x: jnp.stack(x), *group) for group in (states, lanes))
     _, sums = jax.vmap(train_steps, (0, None, None, None, None, 0))(state, jnp.int32(3), layout, plan, data, hparams)
     np.testing.assert_allclose(sums["loss"], alone, rtol=1e-5)

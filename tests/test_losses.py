@@ -12,6 +12,8 @@ from seqrec_jax.losses import negatives, next_item, softmax
 from seqrec_jax.losses.contrastive import info_nce
 from seqrec_jax.sharding import make_mesh
 
+MESH = make_mesh(1, 1)
+
 ITEMS, ROWS, DIM = 13, 16, 3  # row 0 is padding, rows 14 and 15 are special
 TARGETS = np.array([0, 3, 13, 0, 0, 3, 1, 7, 0, 12, 5, 3, 0, 9, 2, 0, 6])  # 11 real ones
 
@@ -75,12 +77,12 @@ def pair_oracle(hidden, items, drawn, kind):
 
 
 def full(hidden, items, targets=TARGETS):
-    return next_item.full_softmax(hidden, jnp.asarray(targets), items, ITEMS, make_mesh(1, 1))
+    return next_item.full_softmax(hidden, jnp.asarray(targets), items, ITEMS, MESH)
 
 
 def sampled(hidden, items, drawn, log_q, targets=TARGETS):
     drawn, log_q = jnp.asarray(drawn), jnp.asarray(log_q)
-    return next_item.sampled_softmax(hidden, jnp.asarray(targets), items, drawn, log_q, make_mesh(1, 1))
+    return next_item.sampled_softmax(hidden, jnp.asarray(targets), items, drawn, log_q, MESH)
 
 
 @pytest.mark.parametrize("junk", [1.0, 50.0])  # with small scores the shift is a bound, else their maximum
@@ -152,7 +154,7 @@ def test_losses_and_gradients_vmap_over_a_scalar():
         alone = [one(s) for s in scales]
         np.testing.assert_allclose(np.stack(swept), np.array(alone).T, rtol=1e-4, atol=1e-6)
     a, b = arrays(3)[0], arrays(4)[0]
-    swept = jax.jit(jax.vmap(lambda t: info_nce(a, b, np.ones(17, bool), t)))(scales)
+    swept = jax.jit(jax.vmap(lambda t: info_nce(a, b, np.ones(17, bool), t, MESH)))(scales)
     np.testing.assert_allclose(
         swept, [info_nce_oracle(a.astype(float), b.astype(float), np.ones(17, bool), t) for t in scales], rtol=1e-4
     )
@@ -183,7 +185,7 @@ def test_info_nce_is_equation_2_over_the_valid_users(similarity):
     a[~valid] = b[~valid] = 20.0
     for temperature in (1.0, 0.4):
         assert_matches(
-            lambda x, y, t=temperature: info_nce(x, y, valid, t, similarity),
+            lambda x, y, t=temperature: info_nce(x, y, valid, t, MESH, similarity),
             lambda x, y, t=temperature: info_nce_oracle(x, y, valid, t, similarity),
             a,
             b,
@@ -200,7 +202,7 @@ def test_info_nce_is_duorecs_equation_14(similarity, targets):
     targets_U = None if targets is None else np.array(targets)
     for directions, factor in (("averaged", 1), ("summed", 2)):
         assert_matches(
-            lambda x, y, d=directions: info_nce(x, y, valid, 0.6, similarity, targets_U=targets_U, directions=d),
+            lambda x, y, d=directions: info_nce(x, y, valid, 0.6, MESH, similarity, targets_U=targets_U, directions=d),
             lambda x, y, f=factor: f * info_nce_oracle(x, y, valid, 0.6, similarity, targets_U),
             a,
             b,
@@ -210,7 +212,9 @@ def test_info_nce_is_duorecs_equation_14(similarity, targets):
 @pytest.mark.parametrize("count", [0, 1])
 def test_info_nce_without_negatives_is_zero(count):
     a, b = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
-    value, gradients = jax.jit(jax.value_and_grad(info_nce, (0, 1)))(a, b, np.arange(3) < count, 1.0)
+    value, gradients = jax.jit(
+        jax.value_and_grad(lambda a, b: info_nce(a, b, np.arange(3) < count, 1.0, MESH), (0, 1))
+    )(a, b)
     assert value == pytest.approx(0, abs=1e-6) and np.allclose(gradients, 0, atol=1e-6)
 
 
@@ -301,7 +305,7 @@ def test_each_cell_meets_a_negative_of_its_own_user(kind):
     hidden, items = np.random.default_rng(0).normal(size=(2, 5, 3)), np.random.default_rng(1).normal(size=(64, 3))
     config = get_config().loss
     config.next_item = kind
-    loss = jax.jit(lambda *arrays: next_item.next_item_loss(*arrays, source, config, CATALOGUE, make_mesh(1, 1)))
+    loss = jax.jit(lambda *arrays: next_item.next_item_loss(*arrays, source, config, CATALOGUE, MESH))
     value = loss(jax.random.key(0), hidden.astype(np.float32), batch, items.astype(np.float32))
     losses = []
     for column, target, negative in ((0, 2, 7), (1, 6, 7), (3, 3, 4), (4, 7, 4)):

@@ -1,7 +1,12 @@
 """InfoNCE between two views of the same users."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from seqrec_jax.losses.softmax import softmax_loss
 
 
 def info_nce(
@@ -9,6 +14,7 @@ def info_nce(
     b_UxD: jax.Array,
     valid_U: jax.Array,
     temperature: jax.Array,
+    mesh: Mesh,
     similarity: str = "dot",
     *,
     targets_U: jax.Array | None = None,
@@ -20,18 +26,24 @@ def info_nce(
     and the 2(N − 1) states of other users; the mean over the 2N anchors, or (`directions` summed, Eq. 14) the sum of
     the two views' means. `similarity`: dot or cosine, divided by `temperature` (1 in both papers). With `targets_U`,
     states of other users with the anchor's target are no negatives (DuoRec, Section 4.3.3).
+
+    This is the softmax loss with the states as columns, a user's (or a target's) own ones left out; so its largest
+    array is a chunk of the 2N x 2N similarities.
     """
-    states_2UxD = jnp.concatenate([a_UxD, b_UxD])
+    states_2UxD, others_2UxD = jnp.concatenate([a_UxD, b_UxD]), jnp.concatenate([b_UxD, a_UxD])
     if similarity == "cosine":
-        states_2UxD /= jnp.sqrt((states_2UxD**2).sum(axis=1, keepdims=True) + 1e-12)
-    users, valid_2U = a_UxD.shape[0], jnp.concatenate([valid_U, valid_U])
-    logits = states_2UxD @ states_2UxD.T / temperature
-    left_out = jnp.eye(2 * users, dtype=bool)
-    if targets_U is not None:
-        same_UxU = (targets_U[:, None] == targets_U) & ~jnp.eye(users, dtype=bool)
-        left_out |= jnp.tile(same_UxU, (2, 2))
-    logits = jnp.where(valid_2U[None] & ~left_out, logits, -jnp.inf)
-    positive_2U = jnp.concatenate([jnp.diagonal(logits, users), jnp.diagonal(logits, -users)])
-    loss_2U = jax.nn.logsumexp(jnp.where(valid_2U[:, None], logits, 0), axis=1) - positive_2U
-    anchors = valid_U.sum() if directions == "summed" else valid_2U.sum()
-    return jnp.where(valid_2U, loss_2U, 0).sum() / jnp.maximum(anchors, 1)
+        states_2UxD, others_2UxD = _unit(states_2UxD), _unit(others_2UxD)
+    ids_U = jnp.arange(1, len(valid_U) + 1) if targets_U is None else targets_U
+    ids_2U = jnp.tile(jnp.where(valid_U, ids_U, 0), 2)
+    fill = -len(ids_2U) % math.lcm(mesh.shape["data"], mesh.shape["model"])
+    filled = lambda x: jnp.pad(x, ((0, fill), (0, 0))[: x.ndim])  # noqa: E731
+    ids_N, states_NxD = filled(ids_2U), filled(states_2UxD)
+    bias_N = jnp.where(ids_N > 0, 0.0, -jnp.inf)
+    mean = softmax_loss(
+        states_NxD / temperature, filled(others_2UxD), states_NxD, bias_N, ids_N, mesh, column_ids_C=ids_N
+    )
+    return 2 * mean if directions == "summed" else mean
+
+
+def _unit(x_NxD):
+    return x_NxD / jnp.sqrt((x_NxD**2).sum(axis=1, keepdims=True) + 1e-12)

@@ -35,7 +35,7 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
         users_a_UxD = transformer.last_states(encode(view_a, key_a), view_a)  # Section 3.2.2
         users_b_UxD = transformer.last_states(encode(view_b, key_b), view_b)
         contrast = info_nce(  # Eq. 2
-            users_a_UxD, users_b_UxD, batch.users_U >= 0, hparams["temperature"], config.contrastive.similarity
+            users_a_UxD, users_b_UxD, batch.users_U >= 0, hparams["temperature"], mesh, config.contrastive.similarity
         )
         total = next_item + hparams["contrast_weight"] * contrast  # Eq. 14
         return total, (state, {"next_item": next_item, "contrast": contrast})

@@ -73,7 +73,9 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
         views_QxD = transformer.last_states(encode(view, key_encode), view)
         views_VxPxD = views_QxD.reshape(*action_PxV.shape, -1).swapaxes(0, 1)  # Eq. 12, 13
         anchor_PxD = hidden_RxLxD.reshape(-1, encoder.dim)[cell_P]
-        contrast = regularisation(views_VxPxD, anchor_PxD, valid_P, items_A[action_P], hparams, config.contrastive)
+        contrast = regularisation(
+            views_VxPxD, anchor_PxD, valid_P, items_A[action_P], hparams, config.contrastive, mesh
+        )
         total = next_item + hparams["contrast_weight"] * contrast  # Eq. 15
         return total, (state, {"next_item": next_item, "contrast": contrast, "pairs": valid_P.sum()})
 
@@ -99,13 +101,13 @@ def augmented(key, view, items_A, config, hparams, mask_item):
     return batches.place(*changed, view, config.encoder.positions)
 
 
-def regularisation(views_VxPxD, anchor_PxD, valid_P, targets_P, hparams, contrastive):
+def regularisation(views_VxPxD, anchor_PxD, valid_P, targets_P, hparams, contrastive, mesh):
     """Eq. 14 between the two views, or between the next-item state and each view."""
     two_views = contrastive.mode in ("duorec", "cl4srec")
     positives = [tuple(views_VxPxD)] if two_views else [(anchor_PxD, view_PxD) for view_PxD in views_VxPxD]
     return sum(
         info_nce(
-            *positive, valid_P, hparams["temperature"], contrastive.similarity,
+            *positive, valid_P, hparams["temperature"], mesh, contrastive.similarity,
             targets_U=targets_P if contrastive.same_target_negatives == "removed" else None,
             directions=contrastive.directions,
         )
