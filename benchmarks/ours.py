@@ -33,7 +33,7 @@ class Training(NamedTuple):
 
 
 def training(config: ConfigDict, dataset: SequenceDataset, steps: int) -> Training:
-    """Steps as a run takes them, batches gathered on the device; `steps` in one dispatch. The epoch's plan is not in."""
+    """Steps as a run takes them, batches gathered on the device, `steps` a dispatch; without the epoch's plan."""
     mesh, hparams = make_mesh(1, 1), hparams_of(config)
     system = systems.build(config, dataset, mesh)
     layout, data = replicate(mesh, (train_layout(config, dataset, mesh)[0], system.data))
