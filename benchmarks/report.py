@@ -66,10 +66,9 @@ def table(result: dict) -> str:
             words, _, unit = name.rpartition("_")
             line = f"{f'{section} {words}':<32}{part[name]:>9.2f} {unit:<2}{least:>9.2f} {unit:<2}"
             reference, field = RATIOS.get(f"{section}.{name}", ("", ""))
-            lines.append(
-                line
-                + (f"   {part[field]:.3g} x {reference.replace('.', ' ').rpartition('_')[0]}" if field in part else "")
-            )
+            if field in part:
+                line += f"   {part[field]:.3g} x {reference.replace('.', ' ').rpartition('_')[0]}"
+            lines.append(line)
     users = {side: result["evaluate"][f"{side}_users_per_s"] for side in ("ours", "torch")}
     lines += [
         "",
