@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test lint
+.PHONY: run test lint bench
 
 run: $(INSTALLED)
 	$(VENV)/bin/python -m seqrec_jax.main --config=configs/cl4srec.py $(ARGS)
@@ -12,6 +12,15 @@ test: lint
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
+
+bench: $(VENV)-bench/.torch
+	$(VENV)-bench/bin/python -m benchmarks.run $(ARGS)
+
+# An environment of its own: PyTorch is measured beside the project, which never needs it.
+$(VENV)-bench/.torch: requirements.txt benchmarks/requirements.txt
+	$(MAKE) VENV=$(VENV)-bench $(VENV)-bench/.installed
+	$(VENV)-bench/bin/python -m pip install -q -r benchmarks/requirements.txt
+	touch $@
 
 # Again whenever the requirements change.
 $(INSTALLED): requirements.txt

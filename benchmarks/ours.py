@@ -1,0 +1,88 @@
+"""The project's own work, each ready to be timed: a function that runs a unit of it and returns its seconds."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from benchmarks.machine import timed
+from seqrec_jax import systems
+from seqrec_jax.augment import augment_all, draw_operators
+from seqrec_jax.data.batches import batch_of, epoch_key, histories_of, place, plan_epoch
+from seqrec_jax.data.dataset import SequenceDataset
+from seqrec_jax.encoders import transformer
+from seqrec_jax.evaluate import make_evaluator
+from seqrec_jax.losses.next_item import full_softmax
+from seqrec_jax.run import train_layout
+from seqrec_jax.sharding import make_mesh, replicate
+from seqrec_jax.systems import hparams_of
+from seqrec_jax.train_step import init_state, make_train_steps
+
+REPEATS = 8  # of short work, in one measurement
+
+
+class Training(NamedTuple):
+    """A compiled training step and what it needs in memory besides its arguments."""
+
+    seconds: Callable[[], float]  # of one step
+    temp_bytes: int
+
+
+def training(config: ConfigDict, dataset: SequenceDataset, steps: int) -> Training:
+    """Steps as a run takes them, batches gathered on the device, `steps` a dispatch; without the epoch's plan."""
+    mesh, hparams = make_mesh(1, 1), hparams_of(config)
+    system = systems.build(config, dataset, mesh)
+    layout, data = replicate(mesh, (train_layout(config, dataset, mesh)[0], system.data))
+    state = init_state(system, config, hparams, mesh)
+    arguments = (jnp.int32(steps), layout, jax.jit(plan_epoch)(layout, epoch_key(0, 0)), data, hparams)
+    compiled = make_train_steps(system, config, mesh, layout.steps).lower(state, *arguments).compile()
+
+    def seconds() -> float:
+        nonlocal state
+        began = time.perf_counter()
+        state, _ = jax.block_until_ready(compiled(state, *arguments))
+        return (time.perf_counter() - began) / steps
+
+    return Training(seconds, compiled.memory_analysis().temp_size_in_bytes)
+
+
+def evaluation(config: ConfigDict, dataset: SequenceDataset) -> Callable[[], float]:
+    """Metrics of all users' test items under protocol D."""
+    mesh = make_mesh(1, 1)
+    system, evaluate = systems.build(config, dataset, mesh), make_evaluator(dataset, config, "test", mesh)
+    params = replicate(mesh, jax.jit(system.init)(jax.random.key(0)))
+    return lambda: timed(lambda: evaluate(system, params), 1)
+
+
+def loss(targets_N: np.ndarray, dim: int, num_items: int, repeats: int = REPEATS) -> Callable[[], float]:
+    """The exact softmax and its gradients for random states of these targets (all real), and a random table."""
+    mesh = make_mesh(1, 1)
+    key_hidden, key_items = jax.random.split(jax.random.key(0))
+    hidden_NxD = jax.random.normal(key_hidden, (len(targets_N), dim))
+    items_VxD = 0.02 * jax.random.normal(key_items, (transformer.table_rows(num_items), dim))
+    gradients = jax.jit(jax.value_and_grad(lambda h, e: full_softmax(h, targets_N, e, num_items, mesh), (0, 1)))
+    return lambda: timed(lambda: gradients(hidden_NxD, items_VxD), repeats)
+
+
+def two_views(config: ConfigDict, dataset: SequenceDataset) -> Callable[[], float]:
+    """The two augmented views of a batch, as CL4SRec draws them, placed in the batch's rows."""
+    layout, _ = train_layout(config, dataset, make_mesh(1, 1))
+    items_A, hparams, mask_item = jnp.asarray(dataset.items_A), hparams_of(config), len(dataset.item_ids) + 1
+    batch = jax.jit(batch_of)(items_A, layout, jax.jit(plan_epoch)(layout, None), 0)
+
+    @jax.jit
+    def views(key, batch):
+        key_operators, *keys = jax.random.split(key, 3)
+        items_UxL, length_U = histories_of(items_A, batch)
+        operators = draw_operators(key_operators, len(length_U), config.augment.operators, config.augment.choice)
+        return [
+            place(*augment_all(key, items_UxL, length_U, operator_U, hparams, mask_item), batch, layout.positions)
+            for key, operator_U in zip(keys, operators, strict=True)
+        ]
+
+    key = jax.random.key(0)
+    return lambda: timed(lambda: views(key, batch), REPEATS)
