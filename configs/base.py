@@ -60,6 +60,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
     config.contrastive = contrastive = ConfigDict()
     contrastive.weight = 0.1  # lambda
+    contrastive.schedule = "constant"  # of lambda: constant (as published) | linear | cosine (to 0 at the last step)
     contrastive.temperature = 1.0  # tau, divides the similarity
     contrastive.similarity = "dot"  # dot | cosine
     contrastive.pairs = 256  # duorec: targets of a step, drawn at random, whose prefixes are contrasted

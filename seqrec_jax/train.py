@@ -125,7 +125,7 @@ def train(
             if step != progress.validated_step and (done or (step and step % eval_every == 0)):
                 _validate(config, validate, analysis, system, state, progress, step / layout.steps, lines, bar)
                 save()
-                continue
+                done = done or _exhausted(config, progress)
             if done:
                 break
             if stops:

@@ -62,6 +62,8 @@ def make_train_steps(system: System, config: ConfigDict, mesh: Mesh, total_steps
     def one_step(state: TrainState, layout: Layout, plan: Plan, data, hparams):
         batch = split_rows(mesh, batch_of(data["items_A"], layout, plan, state.step % layout.steps))
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 2), state.step)
+        contrast = schedule(config.contrastive.schedule, state.step, total_steps, 0)
+        hparams = hparams | {"contrast_weight": hparams["contrast_weight"] * contrast}
         (loss, (extra, metrics)), gradients = jax.value_and_grad(system.loss, has_aux=True)(
             state.params, state.state, batch, key, hparams, data
         )

@@ -67,6 +67,7 @@ CHOICES = {  # for a tuple: of each element
     "encoder.dtype": ("float32", "bfloat16"),
     "loss.next_item": ("full", "sampled", "bce", "bpr"),
     "loss.negative_distribution": ("uniform", "popularity"),
+    "contrastive.schedule": ("constant", "linear", "cosine"),
     "contrastive.similarity": ("dot", "cosine"),
     "contrastive.mode": ("unsupervised", "supervised", "both_added", "duorec", "cl4srec"),
     "contrastive.same_target_negatives": ("removed", "kept"),

@@ -56,7 +56,8 @@ def settle_config(workdir: Path, config: ConfigDict) -> None:
     path = workdir / "config.json"
     if path.is_file():
         old, new = flatten(configuration.from_json(path.read_text())), flatten(config)
-        free = CHANGEABLE if config.train.schedule == "constant" else CHANGEABLE[2:]
+        constant = config.train.schedule == config.contrastive.schedule == "constant"
+        free = CHANGEABLE if constant else CHANGEABLE[2:]
         differs = [key for key in new if old[key] != new[key] and key not in free]
         changed = [f"  {key}: {old[key]} there, {new[key]} now" for key in differs]
         if changed:

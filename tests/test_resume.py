@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
 
-from seqrec_jax import checkpoint, report, run, systems, train
+from seqrec_jax import checkpoint, report, run, systems, train, train_step
 from seqrec_jax.config import load
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.errors import RunFailed, UserError
@@ -60,7 +60,7 @@ def traced_once():
             (systems, "build"),
             (run, "make_evaluator"),
             (run, "make_analysis"),
-            (train, "make_train_steps"),
+            (train_step, "make_train_steps"),
         ):
             patch.setattr(module, name, once(getattr(module, name)))
         yield
