@@ -6,7 +6,7 @@ import optax
 
 
 def schedule(name: str, step: jax.Array, total_steps: int, warmup_steps: int) -> jax.Array:
-    """Factor on the learning rate or on a loss's weight: a linear warm-up, then constant, linear (1 → 0) or cosine (1 → 0)."""
+    """Factor on a learning rate or a loss's weight: a linear warm-up, then constant, linear or cosine (1 → 0)."""
     warm = jnp.minimum((step + 1) / max(warmup_steps, 1), 1.0) if warmup_steps else 1.0
     progress = jnp.clip((step - warmup_steps) / max(total_steps - warmup_steps, 1), 0.0, 1.0)
     falling = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress))}[name]
