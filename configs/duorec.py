@@ -20,7 +20,7 @@ from configs import base
 def paper(config: ConfigDict) -> None:
     """Section 5.1.4; positions, epochs and patience are those of the published code, not in the paper.
 
-    Each prefix is a row of its own there: `train.targets=prefix` is that form, six times slower.
+    Each prefix is an example of its own there: `train.targets=prefix` is that form, and many more steps an epoch.
     """
     config.encoder.positions = "right"
     config.contrastive.update(similarity="dot", temperature=1.0, weight=0.1, directions="summed")
@@ -29,7 +29,7 @@ def paper(config: ConfigDict) -> None:
 
 
 def embedded(config: ConfigDict) -> None:
-    """The embedded data, in a minute: a small encoder and half its targets contrasted."""
+    """The embedded data: a small encoder, as in configs/cl4srec.py."""
     config.encoder.update(dim=32, ffn=64, layers=1, embedding_dropout=0.2, hidden_dropout=0.2)
     config.train.update(learning_rate=3e-3, schedule="constant", patience=5)
 

@@ -29,9 +29,13 @@ def next_fit(length_Q: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     end_Q = jnp.cumsum(length_Q)
     begin_Q = end_Q - length_Q
     after_Q1 = jnp.append(jnp.searchsorted(end_Q, begin_Q + width, side="right"), count)
-    opens_Q1 = jnp.arange(count + 1) == 0
-    for _ in range(count.bit_length()):
-        opens_Q1, after_Q1 = opens_Q1.at[after_Q1].max(opens_Q1), after_Q1[after_Q1]
+
+    def reach_twice_as_far(_, walk):
+        opens_Q1, after_Q1 = walk
+        return opens_Q1.at[after_Q1].max(opens_Q1), after_Q1[after_Q1]
+
+    first_Q1 = jnp.arange(count + 1) == 0
+    opens_Q1, _ = jax.lax.fori_loop(0, count.bit_length(), reach_twice_as_far, (first_Q1, after_Q1))
     opens_Q = opens_Q1[:count]
     return jnp.cumsum(opens_Q) - 1, begin_Q - jax.lax.cummax(jnp.where(opens_Q, begin_Q, 0))
 
