@@ -37,7 +37,7 @@ def training(config: ConfigDict, dataset: SequenceDataset, steps: int) -> Traini
     mesh, hparams = make_mesh(1, 1), hparams_of(config)
     system = systems.build(config, dataset, mesh)
     layout, data = replicate(mesh, (train_layout(config, dataset, mesh)[0], system.data))
-    state = init_state(system, config, hparams, mesh)
+    state = init_state(system, config, mesh)
     arguments = (jnp.int32(steps), layout, jax.jit(plan_epoch)(layout, epoch_key(0, 0)), data, hparams)
     compiled = make_train_steps(system, config, mesh, layout.steps).lower(state, *arguments).compile()
 

@@ -49,6 +49,7 @@ def get_config(argument: str = "") -> ConfigDict:
     encoder.positions = "left"  # left: position ids end at max_length - 1 (left padding) | right: they start at 0
     encoder.embedding_dropout = 0.5
     encoder.hidden_dropout = 0.5  # attention probabilities, attention output, feed-forward output
+    encoder.attention = "plain"  # plain | fused: one kernel, cuDNN's on a GPU in bfloat16; no dropout on probabilities
     encoder.init = "normal"  # normal | truncated_normal (within one init_scale)
     encoder.init_scale = 0.02
     encoder.dtype = "float32"  # float32 | bfloat16: arithmetic; parameters and losses stay float32
@@ -80,7 +81,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.train = train = ConfigDict()
     train.batch_size = 256  # histories per step (targets=prefix: prefixes per step)
     train.targets = "all"  # all (last max_length targets a user) | windows (every target once) | prefix
-    train.packed = True  # several short histories share a row; False: one history a row
+    train.packed = True  # several short histories share a row, where that saves rows; False: one history a row
     train.max_epochs = 40  # a linear or cosine schedule ends here
     train.max_steps = 0  # 0 = no bound besides max_epochs
     train.max_seconds = 0.0  # training seconds, counted across resumes; 0 = no bound

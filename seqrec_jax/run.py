@@ -85,6 +85,12 @@ def train_layout(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> tu
         last_target_only=train.targets == "prefix",
         row_multiple=mesh.shape["data"],
     )
+    cells = layout.steps * layout.rows * layout.width
+    log.info(
+        "%s: %d steps of %d rows of %d cells, %.0f%% full",
+        "several histories a row" if layout.packed else "one history a row",
+        layout.steps, layout.rows, layout.width, 100 * examples.length_E.sum() / cells,
+    )  # fmt: skip
     return layout, examples.dropped_targets
 
 

@@ -63,6 +63,7 @@ CHOICES = {  # for a tuple: of each element
     "encoder.activation": ("gelu", "relu"),
     "encoder.norm": ("post", "pre", "query"),
     "encoder.positions": ("left", "right"),
+    "encoder.attention": ("plain", "fused"),
     "encoder.init": ("normal", "truncated_normal"),
     "encoder.dtype": ("float32", "bfloat16"),
     "loss.next_item": ("full", "sampled", "bce", "bpr"),

@@ -208,6 +208,13 @@ def test_every_step_holds_about_batch_size_histories():
         assert not packed or np.minimum(lengths - 3, 50).sum() > 0.9 * cells  # little padding
 
 
+def test_long_histories_are_left_one_a_row():
+    """Packing them would cost slots and save no row."""
+    for length, packed in ((40, False), (10, True)):
+        layout = layout_of(dataset_of([length] * 60), "all", 50, 8)
+        assert layout.packed == packed and (len(layout.row_U) == layout.rows) != packed
+
+
 def test_no_step_is_empty_where_a_row_holds_more_histories_than_a_step():
     dataset = dataset_of([5] * 60)  # two inputs each: a row of 12 takes six
     layout = layout_of(dataset, "all", 12, 2)

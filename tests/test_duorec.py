@@ -298,7 +298,9 @@ def test_the_supervised_view_is_the_only_other_example_of_its_target():
     assert values["both_added"] == pytest.approx(scl + ucl, rel=1e-4)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [mode if mode == "duorec" else pytest.param(mode, marks=pytest.mark.slow) for mode in MODES]
+)
 def test_each_mode_trains_and_runs_under_vmap(mode):
     """One program for three settings: finite gradients, and each lane is the step it would be alone."""
     config, system, batch = tiny(random_dataset(), contrastive__mode=mode)

@@ -95,6 +95,23 @@ def test_a_packed_history_has_the_state_it_has_alone():
     assert (encode(noisy)[0, 2:5] == encode(alone)[0, 2:5]).all()  # whatever stands in padding
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_fused_attention_is_plain_attention(causal):
+    segments = np.array([[2, 2, 0, 1, 1, 1], [3, 0, 4, 4, 4, 0]])
+    params, batch = parameters(config_of()), batch_of(segments)
+    real = jnp.array(segments > 0)[..., None]
+
+    def loss(params, config):
+        hidden = transformer.encode(params, batch, config, None, RATES, causal=causal)
+        return (jnp.where(real, hidden, 0) ** 3).sum(), hidden
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    (plain, fused) = (run(params, config_of(attention=kind)) for kind in ("plain", "fused"))
+    np.testing.assert_allclose(fused[0][1][segments > 0], plain[0][1][segments > 0], rtol=1e-5, atol=1e-6)
+    for one, other in zip(*map(jax.tree.leaves, (fused[1], plain[1])), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_last_states_are_those_of_the_last_items():
     batch = batch_of([[1, 1, 2, 2, 2, 0], [0, 3, 3, 3, 3, 4]])
     hidden = jnp.arange(2 * LENGTH * 3.0).reshape(2, LENGTH, 3)

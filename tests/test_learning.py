@@ -4,18 +4,19 @@ import json
 from pathlib import Path
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from seqrec_jax import report, run, systems
 from seqrec_jax.config import load
-from seqrec_jax.data.batches import epoch_key, plan_epoch
+from seqrec_jax.data.batches import batch_of, epoch_key, plan_epoch
 from seqrec_jax.data.prepare import prepare
 from seqrec_jax.main import main
 from seqrec_jax.sharding import make_mesh, replicate
 from seqrec_jax.systems import hparams_of
-from seqrec_jax.train_step import NO_STEP, init_state, make_train_steps
+from seqrec_jax.train_step import NO_STEP, compile_program, init_state, make_train_steps
 from seqrec_jax.workdir import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,3 +93,38 @@ def test_runs_that_differ_in_hyperparameters_train_as_one_program(tiny):
     state, hparams = (jax.tree.map(lambda *x: jnp.stack(x), *group) for group in (states, lanes))
     _, sums = jax.vmap(train_steps, (0, None, None, None, None, 0))(state, jnp.int32(3), layout, plan, data, hparams)
     np.testing.assert_allclose(sums["loss"], alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["full", "sampled"])
+def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(cache, loss):
+    """One step over all users, dropout off."""
+    changes = TINY | {"train.batch_size": 1000, "loss.next_item": loss, "loss.negatives": 40}
+    found = []
+    for packed in (True, False):
+        given = [(key, str(value)) for key, value in (changes | {"train.packed": packed}).items()]
+        config = load(str(ROOT / "configs" / "sasrec.py"), given)
+        mesh = make_mesh(1, 1)
+        dataset = prepare(config.data, cache)
+        system = systems.build(config, dataset, mesh)
+        layout, _ = run.train_layout(config, dataset, mesh)
+        assert layout.packed == packed and layout.steps == 1
+        batch = batch_of(system.data["items_A"], layout, plan_epoch(layout, jax.random.key(1)), 0)
+        hparams = hparams_of(config) | {"embedding_dropout": 0.0, "hidden_dropout": 0.0}
+        value_and_gradients = jax.jit(jax.value_and_grad(lambda *a, s=system: s.loss(*a)[0]))
+        arguments = (init_state(system, config, mesh).params, {}, batch, jax.random.key(2), hparams, system.data)
+        found.append(value_and_gradients(*arguments))
+    (value, gradients), (padded_value, padded_gradients) = found
+    assert value == pytest.approx(float(padded_value), rel=1e-5)
+    flat, padded_flat = (jax.flatten_util.ravel_pytree(tree)[0] for tree in (gradients, padded_gradients))
+    np.testing.assert_allclose(flat, padded_flat, rtol=0, atol=1e-5 * np.abs(padded_flat).max())
+
+
+def test_nothing_is_copied_to_the_device_unnoticed(tiny):
+    config, mesh, system, layout, *_ = tiny
+    state = init_state(system, config, mesh)
+    program = compile_program(system, config, mesh, layout, 10, state)
+    state, sums = program.run(state, 0, 2)
+    assert int(state.step) == 2 and sums["bad_step"] == NO_STEP
+    program.hparams["temperature"] = np.float32(1)
+    with pytest.raises(Exception, match="[Dd]isallowed"):
+        program.run(state, 2, 3)

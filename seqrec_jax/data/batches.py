@@ -13,6 +13,8 @@ from flax import struct
 
 from seqrec_jax.data.dataset import SequenceDataset
 
+WORTH_PACKING = 0.9  # packed rows a history, above which histories are left one a row
+
 
 @struct.dataclass
 class Batch:
@@ -138,6 +140,7 @@ class Layout:
     steps: int = struct.field(pytree_node=False)
     rows: int = struct.field(pytree_node=False)
     width: int = struct.field(pytree_node=False)
+    packed: bool = struct.field(pytree_node=False)
     last_target_only: bool = struct.field(pytree_node=False)
     positions: str = struct.field(pytree_node=False)
 
@@ -154,13 +157,16 @@ def make_layout(
 ) -> Layout:
     """Packs `examples` into rows of `width` and deals about `batch_size` of them to a step.
 
+    Not `packed`, or where packing would save less than a tenth of the rows: one history a row.
     `row_multiple`: devices that share the rows; it appends empty rows, which changes no draw and no value.
     """
     count = len(examples.length_E)
     steps = -(-count // batch_size)
     class_E = examples.length_E
     row_S, column_S, length_S = pack(examples.length_E, width)
-    if not packed or row_S.max() + 1 < steps:  # with fewer rows than steps, some steps would be empty
+    rows = row_S.max() + 1
+    packed = packed and steps <= rows <= WORTH_PACKING * count  # with fewer rows than steps, some would be empty
+    if not packed:
         row_S, column_S, length_S = np.arange(count), np.zeros(count, int), np.zeros(count, int)
         class_E = np.zeros(count, np.int32)
     slots_R = np.bincount(row_S)
@@ -190,6 +196,7 @@ def make_layout(
         steps=steps,
         rows=-(-rows // row_multiple) * row_multiple,
         width=width,
+        packed=packed,
         last_target_only=last_target_only,
         positions=positions,
     )
