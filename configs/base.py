@@ -57,7 +57,10 @@ def get_config(argument: str = "") -> ConfigDict:
     config.loss = loss = ConfigDict()
     loss.next_item = "full"  # full (softmax over all items) | sampled | bce | bpr
     loss.negatives = 512  # sampled: negatives a step, shared by its positions
-    loss.negative_distribution = "uniform"  # sampled: uniform | popularity (with logQ correction)
+    # sampled: uniform (each counts once, CL4SRec Eq. 15) | popularity (with logQ correction: each stands for 1 / (K q)
+    # items, so that the loss estimates the one over all items)
+    loss.negative_distribution = "uniform"
+    loss.history_negatives = False  # sampled: the items of the history so far compete too, each once
 
     config.contrastive = contrastive = ConfigDict()
     contrastive.weight = 0.1  # lambda

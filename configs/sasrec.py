@@ -15,6 +15,15 @@ from ml_collections import ConfigDict
 from configs import base
 
 
+def fast(config: ConfigDict) -> None:
+    """The shortest way to good figures on short histories: one layer, less dropout, a higher rate, and a softmax over
+    2,048 popular negatives and the history's own items, which estimates the one over all items at a fifth of its cost.
+    """
+    config.encoder.update(layers=1, embedding_dropout=0.4, hidden_dropout=0.4)
+    config.loss.update(next_item="sampled", negatives=2048, negative_distribution="popularity", history_negatives=True)
+    config.train.update(learning_rate=4e-3, max_epochs=16)
+
+
 def paper(config: ConfigDict) -> None:
     """The original: its encoder, one uniform negative a position; on ml1m 200 items of history and less dropout."""
     base.original_backbone(config)
@@ -24,7 +33,7 @@ def paper(config: ConfigDict) -> None:
         config.encoder.update(max_length=200, embedding_dropout=0.2, hidden_dropout=0.2)
 
 
-VARIANTS = {"smoke": base.smoke, "paper": paper}
+VARIANTS = {"smoke": base.smoke, "paper": paper, "fast": fast}
 
 
 def get_config(argument: str = "") -> ConfigDict:

@@ -184,6 +184,11 @@ def _training_conflicts(config: ConfigDict, data_devices: int) -> Iterator[str]:
             f"loss.negative_distribution={loss.negative_distribution} needs loss.next_item=sampled, "
             f"not {loss.next_item}"
         )
+    if loss.history_negatives and loss.next_item != "sampled":
+        yield (
+            f"loss.history_negatives=True needs loss.next_item=sampled, not {loss.next_item}: the other losses "
+            "have these items already, or one negative alone"
+        )
     if not operators:
         yield f"augment.operators is empty; allowed: {allowed('augment.operators', operators)}"
     if augment.choice == "different" and (len(operators) < 2 or len(set(operators)) < len(operators)):

@@ -58,12 +58,18 @@ def full_oracle(hidden, items):
     return np.mean([cross_entropy(items[1 : ITEMS + 1] @ hidden[n], TARGETS[n] - 1) for n in real])
 
 
-def sampled_oracle(hidden, items, drawn, log_q):
+def sampled_oracle(hidden, items, drawn, bias, histories=None):
     """A negative that is the row's target does not count in that row; drawn twice, it counts twice."""
     values = []
     for n in np.flatnonzero(TARGETS):
-        candidates = np.array([TARGETS[n], *(k for k in drawn if k != TARGETS[n])])
-        values.append(cross_entropy(items[candidates] @ hidden[n] - log_q[candidates], 0))
+        negatives = np.array([k for k in drawn if k != TARGETS[n]])
+        own = np.array(sorted(set(histories[n]) - {TARGETS[n]}) if histories else [], int)
+        scores = [
+            items[[TARGETS[n]]] @ hidden[n],
+            items[negatives] @ hidden[n] + bias[negatives],
+            items[own] @ hidden[n],
+        ]
+        values.append(cross_entropy(np.concatenate(scores), 0))
     return np.mean(values)
 
 
@@ -80,9 +86,9 @@ def full(hidden, items, targets=TARGETS):
     return next_item.full_softmax(hidden, jnp.asarray(targets), items, ITEMS, MESH)
 
 
-def sampled(hidden, items, drawn, log_q, targets=TARGETS):
-    drawn, log_q = jnp.asarray(drawn), jnp.asarray(log_q)
-    return next_item.sampled_softmax(hidden, jnp.asarray(targets), items, drawn, log_q, MESH)
+def sampled(hidden, items, drawn, bias, targets=TARGETS):
+    drawn, bias = jnp.asarray(drawn), jnp.asarray(bias)
+    return next_item.sampled_softmax(hidden, jnp.asarray(targets), items, drawn, bias, MESH)
 
 
 @pytest.mark.parametrize("junk", [1.0, 50.0])  # with small scores the shift is a bound, else their maximum
@@ -95,13 +101,42 @@ def test_sampled_softmax_is_the_cross_entropy_over_target_and_negatives(junk):
     drawn = np.array([3, 3, 1, 8, 13, 10, 4])
     if junk == 50:
         drawn = np.append(drawn, 2)
-    log_q = np.log(np.random.default_rng(0).dirichlet(np.ones(ROWS))).astype(np.float32)
-    for q in (np.zeros(ROWS, np.float32), log_q):
+    bias = -np.log(np.random.default_rng(0).dirichlet(np.ones(ROWS))).astype(np.float32)
+    for b in (np.zeros(ROWS, np.float32), bias):
         assert_matches(
-            lambda h, i, q=q: sampled(h, i, drawn, q),
-            lambda h, i, q=q: sampled_oracle(h, i, drawn, q),
+            lambda h, i, b=b: sampled(h, i, drawn, b),
+            lambda h, i, b=b: sampled_oracle(h, i, drawn, b),
             *arrays(junk=junk, scale=junk),
         )
+
+
+@pytest.mark.parametrize("tile", [None, 3])
+def test_a_historys_own_items_compete_once_each(monkeypatch, tile):
+    """Two histories in one row, with an item met twice, one that is also drawn, and targets met before."""
+    if tile:
+        monkeypatch.setattr(softmax, "MANY_COLUMNS", tile)
+        monkeypatch.setattr(softmax, "TILE_COLUMNS", tile)
+    inputs = np.array([5, 3, 5, 7, 3, 9, 0, 7, 8, 1, 1, 13, 0, 3, 6, 6, 2])
+    segments = np.array([1, 1, 1, 1, 1, 1, 0, 2, 2, 2, 2, 2, 0, 3, 3, 4, 4])
+    histories = [
+        [i for i, s in zip(inputs[: n + 1], segments[: n + 1], strict=True) if s == segments[n]] for n in range(17)
+    ]
+    assert any(TARGETS[n] in histories[n] for n in np.flatnonzero(TARGETS))
+    assert any(set(histories[n]) == {TARGETS[n]} for n in np.flatnonzero(TARGETS))  # nothing of its own competes
+    zeros = jnp.zeros(4, jnp.int32)
+    batch = batches.Batch(
+        items_RxL=inputs[None], segments_RxL=segments[None], positions_RxL=segments[None], targets_RxL=TARGETS[None],
+        users_U=zeros, start_U=zeros, length_U=zeros, row_U=zeros, column_U=zeros,
+    )  # fmt: skip
+    drawn, bias = np.array([3, 3, 1, 8, 13, 10, 4]), np.linspace(-1, 1, ROWS).astype(np.float32)
+
+    def loss(hidden, items):
+        others = next_item.history_mass(hidden[None], batch, items)
+        return next_item.sampled_softmax(
+            hidden, jnp.asarray(TARGETS), items, jnp.asarray(drawn), jnp.asarray(bias), MESH, others
+        )
+
+    assert_matches(loss, lambda h, i: sampled_oracle(h, i, drawn, bias, histories), *arrays(junk=1.0))
 
 
 @pytest.mark.parametrize("kind", ["bce", "bpr"])
@@ -276,15 +311,16 @@ def test_shared_negatives_follow_the_training_popularity():
     share = np.bincount(sum(training_parts(), []), minlength=CATALOGUE + 1) / len(sum(training_parts(), []))
     assert 1 <= drawn.min() and drawn.max() <= CATALOGUE
     np.testing.assert_allclose(np.bincount(drawn, minlength=8) / 20000, share, atol=0.015)
-    np.testing.assert_allclose(np.exp(source.log_q_V[1:8]), share[1:], atol=1e-3)
-    assert np.isfinite(source.log_q_V).all()
+    drawn_so_often = get_config().loss.negatives * share[1:]
+    np.testing.assert_allclose(np.exp(-source.bias_V[1:8]), drawn_so_often, atol=0.5, rtol=1e-2)
+    assert np.isfinite(source.bias_V).all()
 
 
 def test_shared_negatives_are_uniform_without_popularity():
     source = source_of(next_item="sampled")
     drawn = np.asarray(negatives.draw_shared(jax.random.key(0), 20000, source, CATALOGUE))
     np.testing.assert_allclose(np.bincount(drawn, minlength=8) / 20000, [0, *[1 / 7] * 7], atol=0.015)
-    assert not np.ptp(source.log_q_V[1:8])
+    assert not source.bias_V.any()
 
 
 @pytest.mark.parametrize("kind", ["bce", "bpr"])

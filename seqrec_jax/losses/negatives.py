@@ -52,7 +52,7 @@ class NegativeSource:
     """What the configured loss draws negatives from; the parts it does not need are None."""
 
     absent: Absent | None
-    log_q_V: jax.Array | None
+    bias_V: jax.Array | None  # added to the logit of a drawn item: −log(K q) makes it stand for 1 / (K q) items
     cumulative_V: jax.Array | None  # popularity draw: cumulative probability of items 1..
 
 
@@ -70,12 +70,12 @@ def negative_source(config: ConfigDict, dataset: SequenceDataset, lengths_U: np.
         return NegativeSource(absent_items(dataset.items_A, dataset.offsets_U1, lengths_U), None, None)
     if config.next_item == "sampled":
         if config.negative_distribution == "uniform":
-            return NegativeSource(None, jnp.zeros(rows), None)
+            return NegativeSource(None, jnp.zeros(rows), None)  # each counts once, as published
         user_A = np.repeat(np.arange(len(lengths_U)), np.diff(dataset.offsets_U1))
         inside_A = np.arange(len(dataset.items_A)) - dataset.offsets_U1[user_A] < lengths_U[user_A]
         counts_V = np.bincount(dataset.items_A[inside_A], minlength=rows).astype(np.float64)
         counts_V[1 : len(dataset.item_ids) + 1] += 1e-3  # an item met only at test keeps a finite logit
         share_V = counts_V / counts_V.sum()
-        log_q_V = np.where(share_V > 0, np.log(np.where(share_V > 0, share_V, 1)), 0)
-        return NegativeSource(None, jnp.asarray(log_q_V, jnp.float32), jnp.asarray(np.cumsum(share_V), jnp.float32))
+        bias_V = -np.log(config.negatives * np.where(share_V > 0, share_V, 1))
+        return NegativeSource(None, jnp.asarray(bias_V, jnp.float32), jnp.asarray(np.cumsum(share_V), jnp.float32))
     return NegativeSource(None, None, None)

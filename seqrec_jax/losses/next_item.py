@@ -23,17 +23,18 @@ def sampled_softmax(
     targets_N: jax.Array,
     items_VxD: jax.Array,
     negatives_K: jax.Array,
-    log_q_V: jax.Array,
+    bias_V: jax.Array,
     mesh: Mesh,
+    others_N: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax over the target and K shared negatives (CL4SRec, Eq. 15).
 
-    `log_q_V`: log probability of drawing each item, taken off its logit (all zeros for the uniform draw, where the
-    correction cancels). A negative that is the target of a row does not count in that row.
+    `bias_V` is added to the logits of drawn items. A negative that is the target of a row does not count in that row.
+    `others_N`: log-sum-exp of further negatives of each row's own.
     """
     fill = -negatives_K.shape[0] % mesh.shape["model"]
     ids_K = jnp.concatenate([negatives_K, jnp.zeros(fill, negatives_K.dtype)])
-    bias_K = jnp.where(ids_K > 0, -log_q_V[ids_K], -jnp.inf)
+    bias_K = jnp.where(ids_K > 0, bias_V[ids_K], -jnp.inf)
     return softmax_loss(
         hidden_NxD,
         items_VxD[targets_N],
@@ -42,8 +43,22 @@ def sampled_softmax(
         targets_N,
         mesh,
         column_ids_C=ids_K,
-        positive_bias_N=-log_q_V[targets_N],
+        others_N=others_N,
     )
+
+
+def history_mass(hidden_RxLxD: jax.Array, batch: Batch, items_VxD: jax.Array) -> jax.Array:
+    """[N] log-sum-exp of the scores of each history's own items so far, each once and the target not; −inf: none."""
+    items_RxL, segments_RxL = batch.items_RxL, batch.segments_RxL
+    scores_RxLxL = jnp.einsum("rld,rkd->rlk", hidden_RxLxD, items_VxD[items_RxL])
+    together_RxLxL = segments_RxL[:, :, None] == segments_RxL[:, None]
+    earlier_LxL = jnp.tril(jnp.ones((items_RxL.shape[1],) * 2, bool), -1)
+    met_RxLxL = (items_RxL[:, :, None] == items_RxL[:, None]) & together_RxLxL & earlier_LxL
+    counts_RxLxL = together_RxLxL & (earlier_LxL | jnp.eye(len(earlier_LxL), dtype=bool))
+    counts_RxLxL &= ~met_RxLxL.any(axis=2)[:, None] & (items_RxL[:, None] != batch.targets_RxL[:, :, None])
+    any_RxLx1 = counts_RxLxL.any(axis=2, keepdims=True)
+    mass_RxL = jax.nn.logsumexp(jnp.where(counts_RxLxL | ~any_RxLx1, scores_RxLxL, -jnp.inf), axis=2)
+    return jnp.where(any_RxLx1[..., 0], mass_RxL, -jnp.inf).reshape(-1)
 
 
 def binary_cross_entropy(hidden_NxD, targets_N, negatives_N, items_VxD) -> jax.Array:
@@ -77,7 +92,8 @@ def next_item_loss(
         return full_softmax(hidden_NxD, targets_N, items_VxD, num_items, mesh)
     if config.next_item == "sampled":
         negatives_K = draw_shared(key, config.negatives, source, num_items)
-        return sampled_softmax(hidden_NxD, targets_N, items_VxD, negatives_K, source.log_q_V, mesh)
+        others_N = history_mass(hidden_RxLxD, batch, items_VxD) if config.history_negatives else None
+        return sampled_softmax(hidden_NxD, targets_N, items_VxD, negatives_K, source.bias_V, mesh, others_N)
     users_N = batch.users_U[jnp.maximum(batch.segments_RxL - 1, 0)].reshape(-1)
     negatives_N = draw_absent(key, jnp.maximum(users_N, 0), source.absent, num_items)
     loss = binary_cross_entropy if config.next_item == "bce" else bayesian_personalised_ranking

@@ -22,22 +22,24 @@ def softmax_loss(
     mesh: Mesh,
     *,
     column_ids_C: jax.Array | None = None,
-    positive_bias_N: jax.Array | None = None,
+    others_N: jax.Array | None = None,
     chunk: int | None = None,
 ) -> jax.Array:
     """Mean over real targets (targets_N > 0) of −log softmax of the target's score.
 
     `positive_NxD` holds the targets' embeddings, `column_bias_C` is added to the columns' logits (−inf removes one).
     Without `column_ids_C` the columns are the whole table, targets among them; with it they are negatives: a column
-    whose id is the row's target is left out, and the positive (plus `positive_bias_N`) joins the sum.
+    whose id is the row's target is left out, and the positive joins the sum. `others_N`: the log-sum-exp of further
+    competitors of each row's own (−inf: none), which joins the sum as well.
 
     Walks over chunks of real targets, with a traced number of chunks, and makes loss and all gradients at once: nothing
     is computed twice and padding costs nothing; `chunk * C` is the largest array, or a tile of it where C is large.
     Rows are split over the mesh's "data", columns over its "model".
     """
     rows, columns = P("data"), P("model")
-    arrays = (hidden_NxD, positive_NxD, columns_CxD, column_bias_C, targets_N, column_ids_C, positive_bias_N)
-    specs = (rows, rows, columns, columns, rows, *((None, None) if column_ids_C is None else (columns, rows)))
+    arrays = (hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, targets_N, column_ids_C)
+    specs = (rows, rows, columns, rows, columns, rows, columns)
+    specs = tuple(None if array is None else spec for array, spec in zip(arrays, specs, strict=True))
     total, count = _sums(mesh, specs, chunk or chunk_rows(columns_CxD.shape[0]), *arrays)
     return total / jnp.maximum(count, 1)
 
@@ -58,7 +60,7 @@ def _forward(mesh, specs, chunk, *arrays):
         functools.partial(_walk, chunk=chunk),
         mesh=mesh,
         in_specs=specs,
-        out_specs=(P(), P(), P("data"), P("data"), P("model")),
+        out_specs=(P(), P(), P("data"), P("data"), P("model"), specs[3]),
         check_vma=False,
     )
     total, count, *gradients = walk(*arrays)
@@ -66,15 +68,14 @@ def _forward(mesh, specs, chunk, *arrays):
 
 
 def _backward(mesh, specs, chunk, gradients, cotangents):
-    d_hidden, d_positive, d_columns = (cotangents[0] * gradient for gradient in gradients)
-    return d_hidden, d_positive, d_columns, None, None, None, None
+    return *(g if g is None else cotangents[0] * g for g in gradients), None, None, None
 
 
 _sums.defvjp(_forward, _backward)
 
 
-def _walk(hidden_NxD, positive_NxD, columns_CxD, column_bias_C, targets_N, column_ids_C, positive_bias_N, *, chunk):
-    """One device's rows and columns: (loss sum, target count, d hidden, d positive, d columns)."""
+def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, targets_N, column_ids_C, *, chunk):
+    """One device's rows and columns: (loss sum, target count, d hidden, d positive, d columns, d others)."""
     rows = hidden_NxD.shape[0]
     chunk = min(chunk, rows)
     real_N = targets_N > 0
@@ -87,13 +88,14 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, column_bias_C, targets_N, colum
     exponentials = _tiled if columns_CxD.shape[0] > MANY_COLUMNS else _whole
 
     def add_chunk(index, sums):
-        total, d_hidden, d_positive, d_columns = sums
+        total, d_hidden, d_positive, d_columns, d_others = sums
         place_M = jax.lax.dynamic_slice(order, (index * chunk,), (chunk,))
         real_M = index * chunk + jnp.arange(chunk) < count
         take = lambda x_N: x_N.at[place_M].get(mode="fill", fill_value=0)  # noqa: E731
         hidden_MxD, positive_MxD, target_M = take(hidden_NxD), take(positive_NxD), take(targets_N)
         score_M = (hidden_MxD * positive_MxD).sum(axis=1)
-        score_M += 0.0 if positive_bias_N is None else take(positive_bias_N)
+        others_M = jnp.full_like(score_M, -jnp.inf) if others_N is None else take(others_N)
+        least_M = jnp.maximum(score_M, others_M)
 
         def logits(begin, width):
             """Of columns begin .. begin + width."""
@@ -104,9 +106,10 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, column_bias_C, targets_N, colum
             return jnp.where(part(column_ids_C) == target_M[:, None], -jnp.inf, found)
 
         bound_M = jnp.sqrt((hidden_MxD**2).sum(axis=1)) * longest + jnp.maximum(highest_bias, 0)
-        top_M, sum_M, pull_MxD, push_columns = exponentials(logits, columns_CxD, jnp.maximum(bound_M, score_M), score_M)
+        top_M, sum_M, pull_MxD, push_columns = exponentials(logits, columns_CxD, jnp.maximum(bound_M, least_M), least_M)
         joins_M = 0.0 if column_ids_C is None else jnp.exp(score_M - top_M)
-        sum_M += joins_M
+        besides_M = 0.0 if others_N is None else jnp.exp(others_M - top_M)
+        sum_M += joins_M + besides_M
         total += jnp.where(real_M, jnp.log(sum_M) + top_M - score_M, 0).sum()
 
         share_M = jnp.where(real_M, 1 / sum_M, 0)
@@ -114,16 +117,18 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, column_bias_C, targets_N, colum
         d_hidden_MxD = pull_MxD * share_M[:, None] + push_M[:, None] * positive_MxD
         d_hidden = d_hidden.at[place_M].set(d_hidden_MxD, mode="drop")
         d_positive = d_positive.at[place_M].set(push_M[:, None] * hidden_MxD, mode="drop")
-        return total, d_hidden, d_positive, push_columns(d_columns, (hidden_MxD * share_M[:, None]).T)
+        d_others = None if others_N is None else d_others.at[place_M].set(besides_M * share_M, mode="drop")
+        return total, d_hidden, d_positive, push_columns(d_columns, (hidden_MxD * share_M[:, None]).T), d_others
 
     # d columns is summed as [D, C]: that product reads the exponentials along their rows, twice as fast on a CPU.
-    zeros = (jnp.float32(0), jnp.zeros_like(hidden_NxD), jnp.zeros_like(hidden_NxD), jnp.zeros_like(columns_CxD.T))
-    total, d_hidden, d_positive, d_columns_DxC = jax.lax.fori_loop(0, -(-count // chunk), add_chunk, zeros)
+    zero = jax.tree.map(jnp.zeros_like, (hidden_NxD, hidden_NxD, columns_CxD.T, others_N))
+    sums = jax.lax.fori_loop(0, -(-count // chunk), add_chunk, (jnp.float32(0), *zero))
+    total, d_hidden, d_positive, d_columns_DxC, d_others = sums
     total, count, d_columns_DxC = jax.lax.psum((total, count, d_columns_DxC), "data")
-    return total, count, d_hidden, d_positive, d_columns_DxC.T
+    return total, count, d_hidden, d_positive, d_columns_DxC.T, d_others
 
 
-def _whole(logits, columns_CxD, bound_M, score_M):
+def _whole(logits, columns_CxD, bound_M, least_M):
     """All columns at once: shift [M], and over all devices the sum of e = exp(logits − shift) and of e @ columns; and
     how to add shares.T @ e to d columns [D, C].
     """
@@ -131,14 +136,14 @@ def _whole(logits, columns_CxD, bound_M, score_M):
     top_M = jax.lax.cond(  # the bound saves a pass over the logits
         bound_M.max() < SAFE,
         lambda: bound_M,
-        lambda: jax.lax.pmax(jnp.maximum(logits_MxC.max(axis=1), score_M), "model"),
+        lambda: jax.lax.pmax(jnp.maximum(logits_MxC.max(axis=1), least_M), "model"),
     )
     exp_MxC = jnp.exp(logits_MxC - top_M[:, None])
     sum_M, pull_MxD = jax.lax.psum((exp_MxC.sum(axis=1), exp_MxC @ columns_CxD), "model")
     return top_M, sum_M, pull_MxD, lambda d_columns_DxC, shares_DxM: d_columns_DxC + shares_DxM @ exp_MxC
 
 
-def _tiled(logits, columns_CxD, bound_M, score_M):
+def _tiled(logits, columns_CxD, bound_M, least_M):
     """The same in tiles of columns with a running maximum; the gradient of the columns walks over them once more."""
     columns, width = columns_CxD.shape[0], TILE_COLUMNS
     tiles = -(-columns // width)
@@ -157,7 +162,7 @@ def _tiled(logits, columns_CxD, bound_M, score_M):
         shrink_M = jnp.exp(top_M - higher_M)
         return higher_M, sum_M * shrink_M + exp_MxT.sum(axis=1), pull_MxD * shrink_M[:, None] + added
 
-    start = (score_M, jnp.zeros_like(score_M), jnp.zeros((score_M.shape[0], columns_CxD.shape[1])))
+    start = (least_M, jnp.zeros_like(least_M), jnp.zeros((least_M.shape[0], columns_CxD.shape[1])))
     local_M, sum_M, pull_MxD = jax.lax.fori_loop(0, tiles, add_tile, start)
     top_M = jax.lax.pmax(local_M, "model")
     shrink_M = jnp.exp(local_M - top_M)
