@@ -207,7 +207,7 @@ def test_damaged_best_is_an_error_that_names_the_file(tmp_path, fresh):
         checkpoint.save(store, state.replace(step=np.int32(step)), {"best_step": 1})
     file = biggest(folder_of(tmp_path, 1), "params/d/*")
     flip(file)
-    store, step, _ = checkpoint.best_checkpoint(tmp_path)
+    store, step, _ = checkpoint.find(tmp_path)
     with pytest.raises(UserError) as error:
         checkpoint.restore_params(store, step, make_mesh(1, 1))
     assert step == 1 and f"{file} differs from its checksum" in str(error.value)
@@ -217,7 +217,7 @@ def test_folder_without_manifest_is_ignored_and_removed(workdir, fresh, caplog):
     (folder_of(workdir, 15) / "manifest.json").unlink()
     half = workdir / "checkpoints" / "20.orbax-checkpoint-tmp-7"
     half.mkdir()
-    assert checkpoint.best_checkpoint(workdir)[2]["step"] <= 10 and 15 in steps_of(workdir)  # a reader removes nothing
+    assert checkpoint.find(workdir)[2]["step"] <= 10 and 15 in steps_of(workdir)  # a reader removes nothing
     state, _ = checkpoint.restore_latest(checkpoint.open_store(workdir, create=True), fresh()[0])
     assert int(state.step) == 10 and 15 not in steps_of(workdir) and not half.exists()
     assert "removing checkpoint 15" in caplog.text
@@ -287,7 +287,7 @@ def test_failed_save_is_loud_and_the_one_before_stays(tmp_path, fresh, monkeypat
 
 
 def test_vocabulary_config_and_protocol_are_inside(trained, cache, fresh):
-    _, step, meta = checkpoint.best_checkpoint(trained)
+    _, step, meta = checkpoint.find(trained)
     _, dataset = fresh()
     assert meta["items"] == dataset.item_ids.tolist() and meta["dataset_hash"] == dataset.hash
     assert meta["protocol"] == {"name": "D", "candidates": "all", "hide_history": "yes", "metric": "ndcg@10"}
@@ -326,7 +326,7 @@ def moved(parent, fresh, path, shift, **changes):
 
 def test_items_are_matched_by_their_own_ids(parent, fresh, tmp_path):
     params, told, state, dataset = moved(parent, fresh, tmp_path / "data.txt", 4)
-    store, step, meta = checkpoint.best_checkpoint(parent)
+    store, step, meta = checkpoint.find(parent)
     old = checkpoint.restore_params(store, step, make_mesh(1, 1))
     row_of = {item: row for row, item in enumerate(meta["items"], 1)}
     for row, item in enumerate(dataset.item_ids.tolist(), 1):
@@ -347,7 +347,7 @@ def test_one_checkpoint_of_a_run_can_be_named(parent, fresh, tmp_path):
 def test_transfer_starts_at_step_0_with_a_fresh_optimiser_and_names_its_parent(parent, cache, tmp_path):
     data = lines_file(tmp_path / "data.txt", 4)
     stop_before_training(cache, tmp_path / "run", data__path=data, init_from=parent)
-    _, step, meta = checkpoint.best_checkpoint(tmp_path / "run")
+    _, step, meta = checkpoint.find(tmp_path / "run")
     assert step == 0 and meta["parent"]["from"] == str(parent) and meta["parent"]["items_kept"] == 9
 
 
