@@ -32,8 +32,8 @@ def get_config(argument: str = "") -> ConfigDict:
     data.min_user = 0  # k-core: users with fewer actions are removed, repeatedly; 0 = keep all
     data.min_item = 0  # k-core: items with fewer actions are removed, repeatedly; 0 = keep all
     # Share of users who are trained on, the same in every run; a smaller share is part of a larger one. The training
-    # actions of the others are neither inputs nor targets, nor counted by pop and popularity-drawn negatives. Evaluation
-    # is of all users with their whole histories, over all items, as ever.
+    # actions of the others are neither inputs nor targets, nor counted by pop and popularity-drawn negatives.
+    # Evaluation is of all users with their whole histories, over all items, as ever.
     data.train_fraction = 1.0
     data.cache_dir = ""  # prepared data and compiled programs; "" = .cache beside the workdir
     data.synthetic_users = 4000  # size of the embedded synthetic data
@@ -41,7 +41,7 @@ def get_config(argument: str = "") -> ConfigDict:
     data.synthetic_seed = 0
 
     config.encoder = encoder = ConfigDict()
-    # transformer | gru (causal; reads max_length, dim, layers, the dropouts, dtype, and init and init_scale of its items)
+    # transformer | gru (causal; reads max_length, dim, layers, the dropouts, dtype, and, for its items, init, init_scale)
     encoder.kind = "transformer"
     encoder.max_length = 50  # items of history the encoder sees (the most recent)
     encoder.dim = 64

@@ -59,7 +59,8 @@ def open_store(workdir: Path, *, create: bool) -> Store:
 def save(store: Store, state: TrainState, meta: dict, keep: Collection[int] = ()) -> None:
     """Writes the state and `meta` (JSON-ready) as the checkpoint of state.step, then drops the ones not needed.
 
-    `keep`: steps that are always needed. A checkpoint of the same step is kept if it says the same, else replaced (the step was validated since).
+    `keep`: steps that are always needed. A checkpoint of the same step stays if it says the same, else is replaced
+    (the step was validated since).
     """
     step = int(state.step)
     meta = json.loads(json.dumps({"format": FORMAT, "step": step} | meta))

@@ -104,8 +104,6 @@ def _tell(report: dict, old_encoder: dict, encoder: ConfigDict) -> None:
     for key in UNSEEN:
         if old_encoder[key] != encoder[key]:
             log.warning(
-                "encoder.%s was %s there and is %s here: a state means another thing",
-                key,
-                old_encoder[key],
-                encoder[key],
-            )
+                "config.encoder.%s is %s there and %s here: the parameters fit, but were trained for another encoder",
+                key, old_encoder[key], encoder[key],
+            )  # fmt: skip

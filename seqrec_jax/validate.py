@@ -183,7 +183,9 @@ def _training_conflicts(config: ConfigDict, data_devices: int) -> Iterator[str]:
     if config.system != "pop" and train.max_epochs == 0:
         yield f"train.max_epochs=0 does not train system={config.system}; allowed: [1, inf)"
     if max(train.keep_epochs, default=0) > train.max_epochs:
-        yield f"train.keep_epochs={max(train.keep_epochs)} is never reached; allowed: up to train.max_epochs={train.max_epochs}"
+        yield f"train.keep_epochs={max(train.keep_epochs)} is never reached: train.max_epochs={train.max_epochs}"
+    if config.init_from and config.system == "pop":
+        yield f"init_from={config.init_from} has no use with system=pop, which has nothing to transfer; leave it out"
     if 0 < train.max_steps <= train.warmup_steps:
         yield f"train.warmup_steps={train.warmup_steps} must be less than train.max_steps={train.max_steps}"
     if loss.negative_distribution != "uniform" and loss.next_item != "sampled":
