@@ -41,7 +41,7 @@ def get_config(argument: str = "") -> ConfigDict:
     data.synthetic_seed = 0
 
     config.encoder = encoder = ConfigDict()
-    # transformer | gru (causal; reads max_length, dim, layers, the dropouts, dtype, and, for its items, init, init_scale)
+    # transformer | gru (causal; reads max_length, dim, layers, the dropouts, dtype, and init and init_scale for items)
     encoder.kind = "transformer"
     encoder.max_length = 50  # items of history the encoder sees (the most recent)
     encoder.dim = 64
