@@ -167,6 +167,7 @@ def find(workdir: Path, name: str = "best") -> tuple[Store, int, dict]:
     named = {known: step for known, step in named.items() if step in whole}  # the best: none before a validation
     if name not in named:
         raise unknown(f"{workdir}: the checkpoint", name, named)
+    _verify(store.directory / str(named[name]))
     return store, named[name], read_meta(store, named[name])
 
 

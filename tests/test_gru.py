@@ -10,11 +10,15 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from configs import base
-from seqrec_jax import encoders, report
-from seqrec_jax.data.batches import Batch
+from seqrec_jax import encoders, report, run, systems
+from seqrec_jax.config import load
+from seqrec_jax.data.batches import Batch, batch_at
+from seqrec_jax.data.prepare import prepare
 from seqrec_jax.encoders import gru
 from seqrec_jax.errors import UserError
 from seqrec_jax.main import main
+from seqrec_jax.sharding import make_mesh
+from seqrec_jax.systems import hparams_of
 from seqrec_jax.workdir import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,8 +72,8 @@ def test_each_packed_history_follows_the_recurrence_alone(params):
 def test_gradients_stay_in_their_history_and_flow_back_alone(params):
     model = gru.GRU(config_of())
     embedded = np.asarray(params["items"])[ITEMS]
-    run = lambda x: model.apply({"params": params["encoder"]}, x, BATCH.segments_RxL, None, 0.0, 0.0)  # noqa: E731
-    jacobian = np.asarray(jax.jit(jax.jacrev(run))(embedded)).reshape(12, DIM, 12, DIM)
+    states = lambda x: model.apply({"params": params["encoder"]}, x, BATCH.segments_RxL, None, 0.0, 0.0)  # noqa: E731
+    jacobian = np.asarray(jax.jit(jax.jacrev(states))(embedded)).reshape(12, DIM, 12, DIM)
     flat = SEGMENTS.ravel()
     allowed = (flat[:, None] == flat) & np.tri(12, dtype=bool)
     real = flat > 0
@@ -102,6 +106,22 @@ def test_bidirectional_is_refused_before_any_work():
             call()
 
 
+@pytest.mark.parametrize("name", ["sasrec", "sasrec_aug", "cl4srec", "duorec"])
+def test_every_system_trains_the_encoder_of_its_config(tmp_path_factory, name):
+    tiny = {"data.synthetic_users": 100, "data.synthetic_items": 300, "encoder.kind": "gru", "train.batch_size": 24}
+    config = load(str(ROOT / "configs" / f"{name}.py"), [(key, str(value)) for key, value in tiny.items()])
+    dataset, mesh = prepare(config.data, tmp_path_factory.getbasetemp() / "cache"), make_mesh(1, 1)
+    system, (layout, _) = systems.build(config, dataset, mesh), run.train_layout(config, dataset, mesh)
+    params = jax.eval_shape(system.init, jax.random.key(0))
+    assert all(layer.startswith("layer_") for layer in params["encoder"])
+    step = lambda data: (batch_at(data["items_A"], layout, 0, 0), jax.random.key(0), hparams_of(config), data)  # noqa: E731
+    gradients = jax.eval_shape(
+        lambda params, data: jax.grad(lambda p: system.loss(p, {}, *step(data))[0])(params), params, system.data
+    )
+    assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, params)
+
+
+@pytest.mark.slow
 def test_gru4rec_learns(tmp_path, tmp_path_factory, monkeypatch, capsys):
     monkeypatch.setattr(report, "plots", lambda *_: None)
     settings = {

@@ -39,7 +39,7 @@ def make(cache, tmp_path_factory):
 
     def make(shift=0, **changes):
         path = folder / f"{shift}.txt"
-        rows = ((user, (str((user + step * 3) % 20 + 1 + shift) for step in range(5))) for user in range(40))
+        rows = ((user, (str((user + step * 3) % 20 + 1 + shift) for step in range(5))) for user in range(1, 41))
         path.write_text("".join(f"{user} {' '.join(items)}\n" for user, items in rows))
         values = TINY | {"data.path": path, "data.cache_dir": cache}
         values |= {key.replace("__", "."): value for key, value in changes.items()}
@@ -187,7 +187,7 @@ def test_parameters_that_do_not_fit_are_listed_with_both_shapes(parent, make, ch
 
 def test_settings_that_no_shape_shows_are_warned_of(parent, child, make, caplog):
     moved(child, make, parent, encoder__heads=1, encoder__hidden_dropout=0.1)
-    assert caplog.text.count("was trained") + caplog.text.count("were trained for another encoder") == 1
+    assert caplog.text.count("were trained for another encoder") == 1
     assert "config.encoder.heads is 2 there and 1 here" in caplog.text
 
 
