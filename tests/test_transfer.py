@@ -211,17 +211,32 @@ def test_a_run_starts_at_step_0_with_a_fresh_optimiser_and_its_parents_name(pare
     assert len(told["manifest"]) == 64 and old_dataset.hash != dataset.hash
 
 
-def test_finetuning_on_a_catalogue_that_changed(parent, make, tmp_path, monkeypatch, caplog):
-    """A tenth of the items is new and a tenth is gone; beside a run from scratch on one page."""
-    monkeypatch.setattr(report, "plots", lambda *_: None)
-    values = TINY | {"data.path": make(2)[0].data.path, "data.cache_dir": make(2)[0].data.cache_dir}
+@pytest.fixture(scope="module")
+def train_in(make):
+    """train_in(workdir, init_from) -> exit code of a whole run over items 3 .. 22."""
+    config = make(2)[0]
+    values = TINY | {"data.path": config.data.path, "data.cache_dir": config.data.cache_dir}
     flags = [f"--config={ROOT / 'configs' / 'sasrec.py'}", *(f"--config.{key}={v}" for key, v in values.items())]
-    tuned, scratch = tmp_path / "tuned", tmp_path / "scratch"
-    assert main([*flags, f"--workdir={tuned}", f"--config.init_from={parent}@epoch1"]) == 0
-    assert main([*flags, f"--workdir={scratch}"]) == 0
-    told = json.loads((tuned / "results.json").read_text())["parent"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "plots", lambda *_: None)
+        yield lambda workdir, init_from="": main([*flags, f"--workdir={workdir}", f"--config.init_from={init_from}"])
+
+
+def test_finetuning_on_a_catalogue_that_changed(parent, train_in, tmp_path, caplog):
+    """A tenth of the items is new and a tenth is gone."""
+    with caplog.at_level("INFO"):
+        assert train_in(tmp_path, f"{parent}@epoch1") == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    told = results["parent"]
     assert (told["step"], told["items_kept"], told["items_new"], told["items_dropped"]) == (4, 18, 2, 2)
     assert "step 4: items 18 kept, 2 new, 2 dropped; left out: attributes" in caplog.text
+    assert results["steps"] == 4 and results["test"]["hr@20"] == 1  # 20 items
+
+
+@pytest.mark.slow
+def test_runs_with_and_without_a_parent_are_on_one_page(parent, train_in, tmp_path):
+    tuned, scratch = tmp_path / "tuned", tmp_path / "scratch"
+    assert train_in(tuned, parent) == train_in(scratch) == 0
     assert json.loads((scratch / "results.json").read_text())["parent"] == {}
     first = [json.loads((run / "metrics.jsonl").read_text().splitlines()[0]) for run in (tuned, scratch)]
     assert first[0]["loss"] != first[1]["loss"]
