@@ -32,7 +32,7 @@ def get_config(argument: str = "") -> ConfigDict:
     data.min_user = 0  # k-core: users with fewer actions are removed, repeatedly; 0 = keep all
     data.min_item = 0  # k-core: items with fewer actions are removed, repeatedly; 0 = keep all
     # Share of users who are trained on, the same in every run; a smaller share is part of a larger one. The training
-    # actions of the others are neither inputs nor targets, nor counted by pop and popularity-drawn negatives.
+    # actions of the others are neither inputs nor targets, nor counted by pop.counts=train and negatives by popularity.
     # Evaluation is of all users with their whole histories, over all items, as ever.
     data.train_fraction = 1.0
     data.cache_dir = ""  # prepared data and compiled programs; "" = .cache beside the workdir
