@@ -16,12 +16,12 @@ ORDER = [
     "data.dataset", "data.tfds_interactions", "data.tables", "data.sources", "data.synthetic", "data.prepare",
     "data.batches", "data.prefixes", "data.same_target",
     "augment", "sharding",
-    "encoders.transformer",
+    "encoders.transformer", "encoders.gru", "encoders",
     "losses.softmax", "losses.contrastive", "losses.negatives", "losses.next_item",
     "systems.system", "systems.pop", "systems.sasrec", "systems.cl4srec", "systems.duorec", "systems",
     "optimizer", "train_step",
     "ranking", "evaluate", "analysis",
-    "checkpoint", "workdir", "train",
+    "checkpoint", "transfer", "workdir", "train",
     "recommend", "report", "compare", "run", "main",
     "",  # the package itself: only a door to the finished product
 ]  # fmt: skip

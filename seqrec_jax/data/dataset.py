@@ -19,3 +19,4 @@ class SequenceDataset:
     user_ids: np.ndarray  # [users] str: the source's own id of user u
     hash: str  # of the source's bytes and the preparation's settings
     report: dict  # the data report, JSON-ready
+    train_fraction: float = 1.0  # share of users who are trained on: see data.batches.train_lengths

@@ -1,5 +1,6 @@
 """From the source to CSR histories: filters, order, dense ids, the report, and a cache of the result."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -51,7 +52,7 @@ def prepare(config_data, cache_dir: Path) -> SequenceDataset:
         table = table or sources.read(config_data)
         dataset = build(table, config_data.repeats, config_data.min_user, config_data.min_item, source, form, name)
         _store(dataset, cache_dir / name)
-    return dataset
+    return dataclasses.replace(dataset, train_fraction=config_data.train_fraction)
 
 
 def build(
@@ -129,6 +130,7 @@ def print_report(report: dict) -> None:
         "longer than": ", ".join(f"{n}: {users:,} users" for n, users in report["users_longer_than"].items()),
         "test in history": f"{test['count']:,} users ({test['share']:.2%})",
         **({"dropped": f"{report['targets_dropped']:,} targets"} if "targets_dropped" in report else {}),
+        **({"trained on": f"{report['users_trained']:,} users"} if "users_trained" in report else {}),
         "too short": f"{report['users_too_short']:,} users with fewer than 3 items (trained on, not evaluated)",
         "hash": report["hash"],
     }
