@@ -216,7 +216,8 @@ def _cells(frame: pl.DataFrame, path: Path, columns: Mapping[str, str]) -> pl.Da
     """A typed frame as strings; times become their integer counts. `line` is the row number."""
     _demand(columns, frame.columns, path)
     lists = [name for name, kind in columns.items() if kind == "list" and frame.schema[name].is_nested()]
-    frame = frame.with_columns(LIST + pl.col(lists).cast(pl.List(pl.String)).list.join(LIST)) if lists else frame
+    text = {name: LIST + pl.col(name).cast(pl.List(pl.String)).list.join(LIST) for name in lists}
+    frame = frame.with_columns(**text)
     frame = frame.select(*columns).with_columns(pl.selectors.temporal().cast(pl.Int64)).cast(pl.String)
     raw = pl.concat_str(pl.all().fill_null(""), separator=", ")
     return frame.with_columns(raw=raw, reason=pl.lit(None, pl.String)).with_row_index("line", offset=1)
