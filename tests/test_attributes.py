@@ -176,7 +176,7 @@ def test_places_that_do_not_exist(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "count", "mean", "most", "without"),
-    [("beauty", 637, 3.72, 6, 0), ("sports", 2277, 6.02, 37, 0), ("yelp", 1001, 4.84, 20, 1),
+    [("beauty", 637, 3.72, 6, 0), ("sports", 2277, 5.80, 16, 0), ("yelp", 1001, 4.84, 20, 1),
      ("lastfm", 388, 12.45, 110, 0), ("ml1m", 18, None, 6, 0)],
 )  # fmt: skip
 def test_real_data(tmp_path, shared_data, name, count, mean, most, without):
