@@ -18,7 +18,7 @@ from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.encoders import transformer
 from seqrec_jax.errors import UserError
 from seqrec_jax.main import main
-from seqrec_jax.sharding import make_mesh
+from seqrec_jax.sharding import make_mesh, replicate
 from seqrec_jax.systems import hparams_of, s3rec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +26,8 @@ PRETRAIN, FINETUNE = str(ROOT / "configs" / "s3rec_pretrain.py"), str(ROOT / "co
 WIDTH, ITEMS, DRAWS = 6, 15, 4000
 LENGTHS = (1, 2, 3, 4, 5, 9, 3, 14, 6, 8, 7, 4)
 MASK = 99
+MESH = make_mesh(1, 1)
+batch_at = jax.jit(batches.batch_at)
 TINY = {"encoder.max_length": WIDTH, "encoder.dim": 8, "encoder.ffn": 16, "encoder.layers": 1}
 STILL = {"embedding_dropout": 0.0, "hidden_dropout": 0.0}
 
@@ -60,7 +62,7 @@ def batch_of(dataset, **layout):
     """All training parts in one batch."""
     examples = batches.train_examples(dataset, "all", WIDTH, whole=True)
     layout = batches.make_layout(examples, 100, WIDTH, **layout)
-    return batches.batch_at(jnp.asarray(dataset.items_A), layout, 0, 0)
+    return batch_at(jnp.asarray(dataset.items_A), layout, 0, 0)
 
 
 def lines_of(items_RxL, batch):
@@ -225,7 +227,7 @@ def test_negatives_are_training_items_that_the_user_has_not_met():
 def case_of(dataset, **changes):
     values = TINY | {f"s3rec.{key}": value for key, value in changes.items()}
     config = load(PRETRAIN, [(key, str(value)) for key, value in values.items()])
-    return config, systems.build(config, dataset, make_mesh(1, 1))
+    return config, systems.build(config, dataset, MESH)
 
 
 @pytest.fixture(scope="module", params=["code", "paper"])
@@ -236,15 +238,18 @@ def case(request):
     loss = jax.value_and_grad(system.loss, has_aux=True)
 
     def step(params, hparams, key, data):
-        batch = batch_at(data["items_A"])
+        batch = batches.batch_at(data["items_A"], layout, 0, 0)
         (value, (_, terms)), gradient = loss(params, {}, batch, key, hparams, data)
         return value, terms, gradient
 
     layout = batches.make_layout(batches.train_examples(dataset, "all", WIDTH, whole=True), 100, WIDTH)
-    batch_at = lambda items_A: batches.batch_at(items_A, layout, 0, 0)  # noqa: E731
     hparams = jax.tree.map(jnp.float32, hparams_of(config))
     params = jax.tree.map(lambda x: 5 * x, system.init(jax.random.key(0)))
-    return hparams, params, jax.tree.map(jnp.asarray, system.data), jax.jit(step)
+    return *replicate(MESH, (hparams, params, system.data)), jax.jit(step)
+
+
+def off(*names):
+    return replicate(MESH, {name: jnp.float32(0) for name in names})
 
 
 def test_the_loss_is_the_weighted_sum_and_a_weight_of_0_has_no_gradient(case):
@@ -256,13 +261,11 @@ def test_the_loss_is_the_weighted_sum_and_a_weight_of_0_has_no_gradient(case):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     assert all(gradient["maps"][name]["kernel"].any() for name in terms) and gradient["attributes"].all()
     for name in s3rec.OBJECTIVES:
-        off_value, off_terms, off = step(params, hparams | {name: jnp.float32(0)}, key, data)
+        off_value, off_terms, slopes = step(params, hparams | off(name), key, data)
         assert float(off_value) == pytest.approx(float(value - hparams[name] * terms[name]), rel=1e-5)
-        assert not any(leaf.any() for leaf in jax.tree.leaves(off["maps"][name]))
+        assert not any(leaf.any() for leaf in jax.tree.leaves(slopes["maps"][name]))
         assert off_terms == terms
-    for name in ("aap", "map"):
-        hparams = hparams | {name: jnp.float32(0)}
-    assert not step(params, hparams, key, data)[2]["attributes"].any()
+    assert not step(params, hparams | off("aap", "map"), key, data)[2]["attributes"].any()
 
 
 def test_nothing_held_out_is_read(case):
@@ -277,13 +280,13 @@ def test_nothing_held_out_is_read(case):
     assert not np.array_equal(changed, data["items_A"])
     for seed in range(4):
         found = step(params, hparams, jax.random.key(seed), data)
-        again = step(params, hparams, jax.random.key(seed), jax.tree.map(jnp.asarray, other.data))
+        again = step(params, hparams, jax.random.key(seed), replicate(MESH, other.data))
         assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), found, again))
 
 
 def test_some_steps_lower_every_objective(case):
     hparams, params, data, step = case
-    hparams, adam = hparams | {name: jnp.float32(0) for name in STILL}, optax.adam(0.01)
+    hparams, adam = hparams | off(*STILL), optax.adam(0.01)
     start = step(params, hparams, jax.random.key(0), data)[1]
     state = adam.init(params)
     update = jax.jit(lambda gradient, state, params: (lambda u, s: (optax.apply_updates(params, u), s))(
@@ -300,16 +303,17 @@ def test_views_are_encoded_like_histories_of_their_own():
     config, system = case_of(dataset)
     params, encoder = jax.tree.map(lambda x: 5 * x, system.init(jax.random.key(0))), FrozenConfigDict(config.encoder)
     batch, alone = batch_of(dataset), batch_of(dataset, packed=False)
+    encode = jax.jit(lambda batch: transformer.encode(params, batch, encoder, None, STILL, causal=False))
+    encode_views = jax.jit(lambda views: s3rec.encode_views(params, batch, views, encoder, None, STILL, MESH))
     reverse = {
         "forth": lambda items: items,
         "back": lambda items: jnp.where(items > 0, len(dataset.item_ids) + 1 - items, 0),
     }
     views = {name: change(batch.items_RxL) for name, change in reverse.items()}
-    hidden = s3rec.encode_views(params, batch, views, encoder, None, STILL, make_mesh(1, 1))
+    hidden = encode_views(views)
     for name, change in reverse.items():
         plain = alone.replace(items_RxL=change(alone.items_RxL))
-        expected = transformer.encode(params, plain, encoder, None, STILL, causal=False)
-        expected = lines_of(expected, plain)
+        expected = lines_of(encode(plain), plain)
         found = lines_of(hidden[name].reshape(*batch.items_RxL.shape, -1), batch)
         for user, states in expected.items():
             np.testing.assert_allclose(found[user], states, atol=1e-5)
@@ -320,7 +324,7 @@ def test_only_what_is_used_is_made():
     dataset = random_dataset()
     bare = SequenceDataset(dataset.items_A, dataset.offsets_U1, dataset.item_ids, dataset.user_ids, "", {})
     config = load(f"{PRETRAIN}:mip", [(key, str(value)) for key, value in TINY.items()])
-    system = systems.build(config, bare, make_mesh(1, 1))
+    system = systems.build(config, bare, MESH)
     params = system.init(jax.random.key(0))
     assert params.keys() == {"items", "encoder", "maps"} and params["maps"].keys() == set(s3rec.OBJECTIVES)
     views, _, _ = s3rec.views_of(
@@ -328,7 +332,7 @@ def test_only_what_is_used_is_made():
     )
     assert views.keys() == {"cloze"}
     nothing = SequenceDataset(np.zeros(0, np.int32), np.zeros(1, np.int64), bare.item_ids, np.array([], str), "", {})
-    assert systems.build(config, nothing, make_mesh(1, 1)).states
+    assert systems.build(config, nothing, MESH).states
 
 
 @pytest.mark.slow
