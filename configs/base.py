@@ -15,7 +15,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config.name = "base"  # names the default workdir
     config.system = "sasrec"  # pop | sasrec | sasrec_aug | cl4srec | duorec | s3rec (pretraining)
     config.seed = 0  # every random stream of the run
-    config.init_from = ""  # workdir or checkpoint whose parameters this run starts from; "" = from scratch
+    # Whose parameters this run starts from: a workdir's best checkpoint (RUN or RUN@best) or another one (RUN@last,
+    # RUN@STEP, RUN@epochN, or the checkpoint's folder); "" = from scratch
+    config.init_from = ""
 
     config.data = data = ConfigDict()
     data.name = ""  # a named data set (set by the argument after the colon); "" = data.path, or synthetic data
@@ -32,12 +34,18 @@ def get_config(argument: str = "") -> ConfigDict:
     data.attributes = ""  # of items: "" = none | included: those of the named or the embedded data | a file
     data.attribute_columns = ()  # of a tabular file; () = RecBole's token_seq columns, MovieLens' genres
     data.attribute_separator = "|"  # between the attributes of a text column (RecBole: a blank)
+    # Share of users who are trained on, the same in every run; a smaller share is part of a larger one. The training
+    # actions of the others are neither inputs nor targets, nor counted by pop.counts=train and negatives by popularity.
+    # Evaluation is of all users with their whole histories, over all items, as ever.
+    data.train_fraction = 1.0
     data.cache_dir = ""  # prepared data and compiled programs; "" = .cache beside the workdir
     data.synthetic_users = 4000  # size of the embedded synthetic data
     data.synthetic_items = 2000
     data.synthetic_seed = 0
 
     config.encoder = encoder = ConfigDict()
+    # transformer | gru (causal; reads max_length, dim, layers, the dropouts, dtype, and init and init_scale for items)
+    encoder.kind = "transformer"
     encoder.max_length = 50  # items of history the encoder sees (the most recent)
     encoder.dim = 64
     encoder.layers = 2
@@ -51,7 +59,7 @@ def get_config(argument: str = "") -> ConfigDict:
     encoder.norm_epsilon = 1e-12
     encoder.positions = "left"  # left: position ids end at max_length - 1 (left padding) | right: they start at 0
     encoder.embedding_dropout = 0.5
-    encoder.hidden_dropout = 0.5  # attention probabilities, attention output, feed-forward output
+    encoder.hidden_dropout = 0.5  # attention probabilities, attention output, feed-forward output; gru: between layers
     encoder.attention = "plain"  # plain | fused: one kernel, cuDNN's on a GPU in bfloat16; no dropout on probabilities
     encoder.init = "normal"  # normal | truncated_normal (within one init_scale)
     encoder.init_scale = 0.02
@@ -108,6 +116,7 @@ def get_config(argument: str = "") -> ConfigDict:
     train.beta2 = 0.999
     train.log_every = 32  # steps per dispatch and per line of metrics.jsonl
     train.save_every = 0  # steps between checkpoints; 0 = at every validation
+    train.keep_epochs = ()  # epochs, such as 10,20,50, whose last checkpoint is kept, for init_from=RUN@epoch20
 
     config.eval = evaluation = ConfigDict()
     evaluation.protocol = "D"  # A | B | C | D | custom

@@ -1,7 +1,8 @@
-"""The only file that knows orbax: save, verify, restore, prune, transfer.
+"""The only file that knows orbax: save, verify, restore, find, prune.
 
 A checkpoint counts once its manifest (a checksum of every file) is written; until then it is invisible. The newest, the
-one before it (a damaged newest has a predecessor) and the best that each of the two knows are kept.
+one before it (a damaged newest has a predecessor), the best that each of the two knows and those of
+train.keep_epochs are kept.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import jax
@@ -20,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from seqrec_jax.data.dataset import SequenceDataset
-from seqrec_jax.errors import UserError
+from seqrec_jax.errors import UserError, unknown
 from seqrec_jax.sharding import shardings_of
 from seqrec_jax.train_step import TrainState
 
@@ -55,10 +56,11 @@ def open_store(workdir: Path, *, create: bool) -> Store:
     return Store(directory, ocp.CheckpointManager(directory, options=options, item_handlers=handlers))
 
 
-def save(store: Store, state: TrainState, meta: dict) -> None:
+def save(store: Store, state: TrainState, meta: dict, keep: Collection[int] = ()) -> None:
     """Writes the state and `meta` (JSON-ready) as the checkpoint of state.step, then drops the ones not needed.
 
-    A checkpoint of the same step is kept if it says the same, else replaced (the step was validated since).
+    `keep`: steps that are always needed. A checkpoint of the same step stays if it says the same, else is replaced
+    (the step was validated since).
     """
     step = int(state.step)
     meta = json.loads(json.dumps({"format": FORMAT, "step": step} | meta))
@@ -83,9 +85,9 @@ def save(store: Store, state: TrainState, meta: dict) -> None:
             _write_manifest(store.directory / str(step))
         _wait_for_all(f"manifest {step}")
     kept = _steps(store.directory, whole=True)
-    best = {_best_step(store, step) for step in kept[-2:]}
+    needed = {_best_step(store, step) for step in kept[-2:]} | set(keep)
     for old in kept[:-2]:
-        if old not in best:
+        if old not in needed:
             _drop(store, old)
 
 
@@ -155,18 +157,37 @@ def restore_params(store: Store, step: int, mesh: Mesh) -> dict:
     return store.manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(like)))["params"]
 
 
-def best_checkpoint(workdir: Path) -> tuple[Store, int, dict]:
-    """(store, step, meta) of the best checkpoint, as the newest undamaged one records it."""
+def find(workdir: Path, name: str = "best") -> tuple[Store, int, dict]:
+    """(store, step, meta) of a checkpoint: best (as the newest undamaged one records it), last, STEP or epochN."""
     store = open_store(workdir, create=False)
+    last, meta = _newest_undamaged(store)
+    whole, per_epoch = _steps(store.directory, whole=True), meta.get("steps_per_epoch")
+    named = {"best": meta["best_step"], "last": last} | {str(step): step for step in whole}
+    named |= {f"epoch{step // per_epoch}": step for step in whole if per_epoch and step and step % per_epoch == 0}
+    named = {known: step for known, step in named.items() if step in whole}  # the best: none before a validation
+    if name not in named:
+        raise unknown(f"{workdir}: the checkpoint", name, named)
+    _verify(store.directory / str(named[name]))
+    return store, named[name], read_meta(store, named[name])
+
+
+def _newest_undamaged(store: Store) -> tuple[int, dict]:
+    damages = []
     for step in reversed(_steps(store.directory, whole=True)):
         try:
             _verify(store.directory / str(step))
         except Damaged as damage:
             log.warning("checkpoint %d is damaged (%s)", step, damage)
+            damages.append(str(damage))
             continue
-        best = read_meta(store, step)["best_step"]
-        return store, best, read_meta(store, best)
-    raise UserError(f"{store.directory}: no whole checkpoint; train first, or name another --workdir")
+        return step, read_meta(store, step)
+    found = f" ({'; '.join(damages)})" if damages else ""
+    raise UserError(f"{store.directory}: no whole checkpoint{found}; train first, or name another --workdir")
+
+
+def manifest_hash(store: Store, step: int) -> str:
+    """SHA-256 of the checksums of a checkpoint's files: says which one it was."""
+    return _digest(store.directory / str(step) / MANIFEST)
 
 
 def check_best(store: Store, meta: dict) -> None:
@@ -194,50 +215,6 @@ def check_data(meta: dict, dataset: SequenceDataset, where: Path) -> None:
             f"{where}: trained on data {meta['dataset_hash']}, but the data now is {dataset.hash}: give back the same "
             "file and data settings, or name another --workdir"
         )
-
-
-def transfer(params: dict, item_ids: np.ndarray, init_from: str, mesh: Mesh) -> tuple[dict, dict]:
-    """`params` with the values of another run's best checkpoint, and a report of the items.
-
-    Parameters are matched by name and must agree in shape; rows of the item table are matched by the items' own ids.
-    """
-    path = Path(init_from).expanduser()
-    if not path.is_dir():
-        raise UserError(f"{path}: no such workdir or checkpoint (config.init_from); nothing was started from scratch")
-    if path.parent.name == "checkpoints" and path.name.isdigit():
-        store, step = open_store(path.parent.parent, create=False), int(path.name)
-        _verify(path)
-        meta = read_meta(store, step)
-    else:
-        store, step, meta = best_checkpoint(path)
-    old = restore_params(store, step, mesh)
-    old_of = dict(jax.tree_util.tree_leaves_with_path(old))
-    wrong = []
-    for name, leaf in jax.tree_util.tree_leaves_with_path(params):
-        there = old_of.pop(name, None)
-        is_table = jax.tree_util.keystr(name) == "['items']"
-        shapes = (leaf.shape[1:], getattr(there, "shape", (0, "missing"))[1:]) if is_table else (
-            leaf.shape, getattr(there, "shape", "missing"))  # fmt: skip
-        if shapes[0] != shapes[1]:
-            wrong.append(f"  {jax.tree_util.keystr(name)}: here {shapes[0]}, there {shapes[1]}")
-    wrong += [f"  {jax.tree_util.keystr(name)}: here missing, there {leaf.shape}" for name, leaf in old_of.items()]
-    if wrong:
-        raise UserError(f"{path}: parameters do not fit (config.init_from):\n" + "\n".join(wrong))
-    row_of = {item: row for row, item in enumerate(meta["items"], 1)}
-    pairs = [(new, row_of[item]) for new, item in enumerate(item_ids.tolist(), 1) if item in row_of]
-    if not pairs:
-        raise UserError(f"{path}: no item of this data set is in that checkpoint (config.init_from)")
-    pairs.append((len(item_ids) + 1, len(meta["items"]) + 1))  # the mask token
-    new_rows, old_rows = np.array(pairs).T
-    table = np.array(params["items"])
-    table[new_rows] = np.array(old["items"])[old_rows]
-    kept = len(pairs) - 1
-    report = {
-        "from": str(path), "step": step, "items_kept": kept, "items_new": len(item_ids) - kept,
-        "items_dropped": len(meta["items"]) - kept, "manifest": _digest(store.directory / str(step) / MANIFEST),
-    }  # fmt: skip
-    merged = {**{name: old[name] for name in params}, "items": table}
-    return jax.device_put(merged, shardings_of(mesh, merged)), report
 
 
 def _clear(directory: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from seqrec_jax.errors import UserError, unknown
-from seqrec_jax.validate import allowed, flatten
+from seqrec_jax.validate import RANGES, allowed, flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 USAGE = """\
@@ -223,7 +223,8 @@ def _typed(values: Mapping[str, Any] | ConfigDict) -> ConfigDict:
             value = tuple(value)
         if isinstance(default, float) and type(value) is int:
             value = float(value)
-        if type(value) is not type(default):
+        elements = value if isinstance(value, tuple) else ()
+        if type(value) is not type(default) or any(type(element) is not _element(key) for element in elements):
             raise UserError(f"{key}={value} has the wrong type; allowed: {allowed(key, default)}")
         group, _, name = key.rpartition(".")
         (config[group] if group else config)[name] = value
@@ -236,11 +237,15 @@ def _parse(key: str, default: Any, text: str) -> Any:
         if isinstance(default, bool):
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if isinstance(default, tuple):
-            kind = type(default[0]) if default else str
-            return tuple(kind(part.strip()) for part in text.split(",")) if text.strip() else ()
+            return tuple(_element(key)(part.strip()) for part in text.split(",")) if text.strip() else ()
         return type(default)(text)
     except (ValueError, KeyError) as error:
         raise UserError(f"{key}={text} has the wrong type; allowed: {allowed(key, default)}") from error
+
+
+def _element(key: str) -> type:
+    """What a tuple under `key` holds."""
+    return int if key in RANGES else str
 
 
 def _check_key(key: str, known: Iterable[str]) -> None:

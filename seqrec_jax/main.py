@@ -81,9 +81,9 @@ def run(argv: Sequence[str]) -> int:
 
 def _config_in(workdir: Path) -> str:
     """The config of the best checkpoint, as JSON."""
-    from seqrec_jax.checkpoint import best_checkpoint
+    from seqrec_jax import checkpoint
 
-    return json.dumps(best_checkpoint(workdir)[2]["config"])
+    return json.dumps(checkpoint.find(workdir)[2]["config"])
 
 
 if __name__ == "__main__":

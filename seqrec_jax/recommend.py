@@ -102,7 +102,7 @@ class Recommender:
 def load(workdir: str | Path) -> Recommender:
     """The best model of `workdir`, from its checkpoint alone (no data file)."""
     workdir = Path(workdir).expanduser()
-    store, step, meta = checkpoint.best_checkpoint(workdir)
+    store, step, meta = checkpoint.find(workdir)
     config = configuration.from_json(json.dumps(meta["config"]))
     mesh = make_mesh(1, 1)
     with config.unlocked():

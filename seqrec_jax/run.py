@@ -40,7 +40,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, stop: threading.Event)
             print(f"{workdir}: this run is finished\n{report.table(finished)}")
             return finished
         examples = train_examples(config, dataset)
-        data_report = dataset.report | {"targets_dropped": examples.dropped_targets}
+        trained = {"users_trained": len(np.unique(examples.user_E)), "targets_dropped": examples.dropped_targets}
+        data_report = dataset.report | trained
         write_json(workdir / "data_report.json", data_report)
         print_report(data_report)
         results = _results(config, workdir, dataset, mesh, stop)
@@ -56,7 +57,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, stop: threading.Event)
 def evaluate(config: ConfigDict, workdir: Path) -> dict:
     """Metrics of the best checkpoint of `workdir` under the protocol of `config`; the data file is read again."""
     mesh = make_mesh(*mesh_shape(config, jax.device_count()))
-    store, step, meta = checkpoint.best_checkpoint(workdir)
+    store, step, meta = checkpoint.find(workdir)
     trained = configuration.from_json(json.dumps(meta["config"]))
     if (config.system, config.encoder.to_dict()) != (trained.system, trained.encoder.to_dict()):
         raise UserError(f"{workdir} was trained with another system or encoder than the config has: leave --config out")
@@ -149,7 +150,7 @@ def _results(config, workdir, dataset, mesh, stop) -> dict:
 def _header(config, dataset) -> dict:
     report_ = dataset.report
     return {
-        "system": config.system,
+        "system": config.system + (" gru" if config.encoder.kind == "gru" and config.system != "pop" else ""),
         "protocol": config.eval.protocol,
         "protocol_line": protocol_of(config).line(),
         "metric": protocol_of(config).metric,
@@ -161,6 +162,7 @@ def _header(config, dataset) -> dict:
         },
         "loss": "pretraining" if config.system in PRETRAINING else config.loss.next_item,
         "targets": config.train.targets,
+        "train_fraction": config.data.train_fraction,
         "seed": config.seed,
         "config_hash": configuration.config_hash(config),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import signal
 import threading
@@ -24,6 +23,7 @@ from seqrec_jax.evaluate import Evaluator
 from seqrec_jax.protocol import protocol_of
 from seqrec_jax.systems import System
 from seqrec_jax.train_step import NO_STEP, TrainState, compile_program, init_state
+from seqrec_jax.transfer import transfer
 from seqrec_jax.workdir import Log
 
 log = logging.getLogger(__name__)
@@ -96,13 +96,15 @@ def train(
     program = compile_program(system, config, mesh, layout, total, state)
     eval_every = config.eval.every or layout.steps
     save_every = config.train.save_every or eval_every
+    keep = {epoch * layout.steps for epoch in config.train.keep_epochs}
     lines = Log(workdir, step, progress.validated_step)
     bar = tqdm(total=total, initial=step, unit="step", desc=config.name, disable=jax.process_index() > 0)
     unread, read_at = None, 0.0  # the last dispatch, (sums, first step, last step); when the one before was read
 
     def save():
         nonlocal saved
-        checkpoint.save(store, state, identity(config, dataset) | dataclasses.asdict(progress) | {"parent": parent})
+        meta = dataclasses.asdict(progress) | {"parent": parent, "steps_per_epoch": layout.steps}
+        checkpoint.save(store, state, identity(config, dataset) | meta, keep)
         saved = step
 
     def read(dispatch):
@@ -117,7 +119,8 @@ def train(
     with contextlib.closing(lines), bar:
         while True:
             stops = stop.is_set()
-            rests = stops or step >= total or step % eval_every == 0 or step % save_every == 0
+            saves = step % save_every == 0 or step in keep
+            rests = stops or saves or step >= total or step % eval_every == 0
             if unread and (rests or _exhausted(config, progress)):
                 read(unread)
                 unread = None
@@ -131,7 +134,7 @@ def train(
             if stops:
                 save()
                 raise Stopped(f"stopped at step {step}; the same command continues from there")
-            if step % save_every == 0 and step != saved:
+            if saves and step != saved:
                 save()
             bounds = (config.train.log_every, layout.steps, eval_every, save_every)
             until = min(total, *((step // every + 1) * every for every in bounds))
@@ -163,8 +166,7 @@ def _begin(config, dataset, system, store, mesh) -> tuple[TrainState, Progress, 
         log.info("resuming at step %d", int(state.step))
         return state, progress, meta["parent"]
     if config.init_from:
-        params, parent = checkpoint.transfer(state.params, dataset.item_ids, config.init_from, mesh)
-        log.info("parameters from %s", json.dumps(parent))
+        params, parent = transfer(state.params, dataset.item_ids, config, mesh)
         return state.replace(params=params), Progress(), parent
     return state, Progress(), {}
 

@@ -13,13 +13,14 @@ PRETRAINING = ("s3rec",)  # systems without a next-item loss, for others to star
 METRICS = (*(f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in (1, 5, 10, 20)), "mrr")
 
 # Intervals in the notation of mathematics. Every number of configs/base.py has one.
-RANGES = {
+RANGES = {  # for a tuple: of each element
     "seed": "[0, 2147483647]",
     "data.min_user": "[0, inf)",
     "data.min_item": "[0, inf)",
     "data.synthetic_users": "[1, inf)",
     "data.synthetic_items": "[1, inf)",
     "data.synthetic_seed": "[0, 2147483647]",
+    "data.train_fraction": "(0, 1]",
     "encoder.max_length": "[1, inf)",
     "encoder.dim": "[1, inf)",
     "encoder.layers": "[1, inf)",
@@ -55,6 +56,7 @@ RANGES = {
     "train.beta2": "[0, 1)",
     "train.log_every": "[1, inf)",
     "train.save_every": "[0, inf)",
+    "train.keep_epochs": "[1, inf)",
     "eval.every": "[0, inf)",
     "eval.batch_size": "[1, inf)",
     "eval.num_negatives": "[1, inf)",
@@ -67,6 +69,7 @@ CHOICES = {  # for a tuple: of each element
     "data.format": ("", "lines", "csv", "tsv", "parquet", "jsonl", "recbole", "movielens", "tfds"),
     "data.on_bad_row": ("error", "drop"),
     "data.repeats": ("keep", "drop"),
+    "encoder.kind": ("transformer", "gru"),
     "encoder.activation": ("gelu", "relu"),
     "encoder.norm": ("post", "pre", "query"),
     "encoder.positions": ("left", "right"),
@@ -106,6 +109,8 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def allowed(key: str, value: Any) -> str:
     """What `key` may be, in words; `value` gives its type."""
+    if key in RANGES and isinstance(value, tuple):
+        return f"whole numbers in {RANGES[key]}, separated by commas"
     if key in RANGES:
         return f"a {'whole ' if isinstance(value, int) else ''}number in {RANGES[key]}"
     if key in CHOICES:
@@ -117,9 +122,9 @@ def allowed(key: str, value: Any) -> str:
 def validate(config: ConfigDict, num_devices: int) -> None:
     """Raises UserError for the first value out of range, else for the first keys that contradict each other."""
     for key, value in flatten(config).items():
-        if key in RANGES and not _inside(value, RANGES[key]):
-            raise UserError(f"{key}={value} is out of range; allowed: {allowed(key, value)}")
         for word in value if isinstance(value, tuple) else (value,):
+            if key in RANGES and not _inside(word, RANGES[key]):
+                raise UserError(f"{key}={word} is out of range; allowed: {allowed(key, value)}")
             if key in CHOICES and word not in CHOICES[key]:
                 raise unknown(key, str(word), filter(None, CHOICES[key]))
     data, _ = mesh_shape(config, num_devices)
@@ -170,7 +175,7 @@ def _data_conflicts(config: ConfigDict) -> Iterator[str]:
 def _training_conflicts(config: ConfigDict, data_devices: int) -> Iterator[str]:
     train, loss, augment, encoder = config.train, config.loss, config.augment, config.encoder
     operators, baselines = augment.operators, config.report.baselines
-    if encoder.dim % encoder.heads:
+    if encoder.kind == "transformer" and encoder.dim % encoder.heads:
         yield (
             f"encoder.dim={encoder.dim} is not divisible by encoder.heads={encoder.heads}; "
             f"allowed: multiples of {encoder.heads}"
@@ -190,6 +195,10 @@ def _training_conflicts(config: ConfigDict, data_devices: int) -> Iterator[str]:
         yield f"train.max_epochs=0 does not train system={config.system}; allowed: [1, inf)"
     if config.system == "s3rec" and not any(config.s3rec[name] for name in ("aap", "mip", "map", "sp")):
         yield "s3rec.aap, s3rec.mip, s3rec.map and s3rec.sp are all 0, so there is nothing to learn; set one above 0"
+    if max(train.keep_epochs, default=0) > train.max_epochs:
+        yield f"train.keep_epochs={max(train.keep_epochs)} is never reached: train.max_epochs={train.max_epochs}"
+    if config.init_from and config.system == "pop":
+        yield f"init_from={config.init_from} has no use with system=pop, which has nothing to transfer; leave it out"
     if 0 < train.max_steps <= train.warmup_steps:
         yield f"train.warmup_steps={train.warmup_steps} must be less than train.max_steps={train.max_steps}"
     if loss.negative_distribution != "uniform" and loss.next_item != "sampled":

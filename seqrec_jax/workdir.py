@@ -18,8 +18,8 @@ from seqrec_jax.validate import flatten
 # Keys that a resumed run may change: they decide when it stops and where things lie, not what a step computes.
 CHANGEABLE = (
     "train.max_epochs", "train.max_steps", "train.max_seconds", "train.patience", "train.save_every",
-    "eval.batch_size", "report.baselines", "report.analysis", "data.dir", "data.path", "data.cache_dir",
-    "mesh.data", "mesh.model", "mesh.distributed",
+    "train.keep_epochs", "eval.batch_size", "report.baselines", "report.analysis", "data.dir", "data.path",
+    "data.cache_dir", "mesh.data", "mesh.model", "mesh.distributed",
 )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Examples, packing and batches against plain Python over histories whose items are all different."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,6 +98,31 @@ def test_training_examples_equal_the_brute_force_ones(targets, width):
     newest = [target for h in histories_in(dataset) for _, target in training_pairs(h)[-width:]]
     assert sorted(learnt) == (sorted(newest) if targets == "all" else everything)
     assert examples.dropped_targets == len(everything) - len(learnt)
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_a_fraction_of_the_users_is_trained_on_and_a_smaller_one_is_part_of_it(targets):
+    dataset = dataset_of(np.random.default_rng(0).integers(3, 9, 1000))
+    everybody, whole, before = np.arange(1000), histories_in(dataset), set()
+    for share in (0.2, 0.4, 0.6, 0.8, 1.0):
+        part = dataclasses.replace(dataset, train_fraction=share)
+        trained = np.flatnonzero(batches.train_lengths(part))
+        assert len(trained) == 1000 * share and before < set(trained.tolist())
+        assert abs((trained < 500).mean() - 0.5) < 0.1  # from everywhere in the file
+        before = set(trained.tolist())
+        found = batches.train_examples(part, targets, 5)
+        wanted = [(u, len(p)) for u, p in expected_examples(dataset, targets, 5) if u in before]
+        assert sorted(zip(found.user_E.tolist(), found.length_E.tolist(), strict=True)) == sorted(wanted)
+        counted = np.flatnonzero(batches.train_counts(part)).tolist()
+        assert counted == sorted(item for user in before for item in whole[user][:-2])
+        assert batches.history_examples(part, 1, 5).user_E.tolist() == everybody.tolist()
+
+
+def test_the_users_of_a_fraction_are_the_same_for_ever():
+    dataset = dataclasses.replace(dataset_of([4] * 12), train_fraction=0.5)
+    assert np.flatnonzero(batches.train_lengths(dataset)).tolist() == [1, 2, 3, 6, 8, 11]
+    one = dataclasses.replace(dataset, train_fraction=1e-9)
+    assert (batches.train_lengths(one) > 0).sum() == 1
 
 
 def test_histories_end_before_the_held_out_item():

@@ -1,23 +1,20 @@
-"""Checkpoints: damage is found, named and set aside; what is kept; what travels inside; transfer to another run."""
+"""Checkpoints: damage is found, named and set aside; what is kept and how it is named; what travels inside."""
 
 import functools
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from seqrec_jax import checkpoint, report, run, systems
+from seqrec_jax import checkpoint, report, systems
 from seqrec_jax.config import load
 from seqrec_jax.data.prepare import prepare
 from seqrec_jax.errors import UserError
 from seqrec_jax.main import main
 from seqrec_jax.sharding import make_mesh
-from seqrec_jax.systems import hparams_of
-from seqrec_jax.train import Stopped, _begin
 from seqrec_jax.train_step import init_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -207,17 +204,17 @@ def test_damaged_best_is_an_error_that_names_the_file(tmp_path, fresh):
         checkpoint.save(store, state.replace(step=np.int32(step)), {"best_step": 1})
     file = biggest(folder_of(tmp_path, 1), "params/d/*")
     flip(file)
-    store, step, _ = checkpoint.best_checkpoint(tmp_path)
-    with pytest.raises(UserError) as error:
-        checkpoint.restore_params(store, step, make_mesh(1, 1))
-    assert step == 1 and f"{file} differs from its checksum" in str(error.value)
+    for read in (lambda: checkpoint.find(tmp_path), lambda: checkpoint.restore_params(store, 1, make_mesh(1, 1))):
+        with pytest.raises(UserError) as error:
+            read()
+        assert f"{file} differs from its checksum" in str(error.value)
 
 
 def test_folder_without_manifest_is_ignored_and_removed(workdir, fresh, caplog):
     (folder_of(workdir, 15) / "manifest.json").unlink()
     half = workdir / "checkpoints" / "20.orbax-checkpoint-tmp-7"
     half.mkdir()
-    assert checkpoint.best_checkpoint(workdir)[2]["step"] <= 10 and 15 in steps_of(workdir)  # a reader removes nothing
+    assert checkpoint.find(workdir)[2]["step"] <= 10 and 15 in steps_of(workdir)  # a reader removes nothing
     state, _ = checkpoint.restore_latest(checkpoint.open_store(workdir, create=True), fresh()[0])
     assert int(state.step) == 10 and 15 not in steps_of(workdir) and not half.exists()
     assert "removing checkpoint 15" in caplog.text
@@ -249,6 +246,31 @@ def test_newest_previous_and_their_best_are_kept(tmp_path, fresh, best_steps, ke
     for step, best in enumerate(best_steps, 1):
         checkpoint.save(store, state.replace(step=np.int32(step)), {"best_step": best})
     assert steps_of(tmp_path) == kept
+
+
+def test_checkpoints_to_keep_stay_and_can_be_named(tmp_path, fresh):
+    state, _ = fresh()
+    store = checkpoint.open_store(tmp_path, create=True)
+    for step in range(2, 15, 2):
+        meta = {"best_step": min(step, 10), "steps_per_epoch": 4}
+        checkpoint.save(store, state.replace(step=np.int32(step)), meta, keep={4, 8})
+    assert steps_of(tmp_path) == [4, 8, 10, 12, 14]
+    names = {"best": 10, "last": 14, "4": 4, "14": 14, "epoch1": 4, "epoch2": 8, "epoch3": 12}
+    for name, step in names.items():
+        _, found, meta = checkpoint.find(tmp_path, name)
+        assert found == meta["step"] == step
+    for name in ("6", "epoch4", "epoch14", "newest", "", "-1", "04"):
+        with pytest.raises(UserError, match="Known: best, last, 4, 8, 10, 12, 14, epoch1, epoch2, epoch3") as error:
+            checkpoint.find(tmp_path, name)
+        assert f"{tmp_path}: the checkpoint '{name}'" in str(error.value)
+
+
+def test_a_run_without_validation_has_a_last_checkpoint_but_no_best(tmp_path, fresh):
+    store = checkpoint.open_store(tmp_path, create=True)
+    checkpoint.save(store, fresh()[0].replace(step=np.int32(3)), {"best_step": 0})
+    assert checkpoint.find(tmp_path, "last")[1] == 3
+    with pytest.raises(UserError, match="the checkpoint 'best' is not known. Known: last, 3"):
+        checkpoint.find(tmp_path)
 
 
 def test_steps_are_ordered_as_numbers(tmp_path, fresh):
@@ -287,112 +309,8 @@ def test_failed_save_is_loud_and_the_one_before_stays(tmp_path, fresh, monkeypat
 
 
 def test_vocabulary_config_and_protocol_are_inside(trained, cache, fresh):
-    _, step, meta = checkpoint.best_checkpoint(trained)
+    _, step, meta = checkpoint.find(trained)
     _, dataset = fresh()
     assert meta["items"] == dataset.item_ids.tolist() and meta["dataset_hash"] == dataset.hash
     assert meta["protocol"] == {"name": "D", "candidates": "all", "hide_history": "yes", "metric": "ndcg@10"}
     assert meta["config"] == json.loads(json.dumps(config_of(cache).to_dict())) and meta["step"] == step
-
-
-# Transfer
-
-
-def lines_file(path, shift):
-    """40 users over items 1..13, moved up by `shift`."""
-    rows = [[user * step % 13 + 1 for step in (7, 1, 5, 3, 2)] for user in range(40)]
-    path.write_text("".join(f"{n} {' '.join(str(i + shift) for i in row)}\n" for n, row in enumerate(rows, 1)))
-    return path
-
-
-@pytest.fixture(scope="module")
-def parent(cache, tmp_path_factory):
-    """A run over items 1..13 of a file, stopped before its first step; its seed makes its parameters its own."""
-    folder = tmp_path_factory.mktemp("parent")
-    stop_before_training(cache, folder / "run", data__path=lines_file(folder / "data.txt", 0), seed=1)
-    return folder / "run"
-
-
-def stop_before_training(cache, workdir, **changes):
-    with pytest.raises(Stopped, match="stopped at step 0;"):
-        run.train_and_evaluate(config_of(cache, **changes), workdir, SimpleNamespace(is_set=lambda: True))
-
-
-def moved(parent, fresh, path, shift, **changes):
-    """(merged parameters, report, the state before, its data set) of a transfer to items that are moved by `shift`."""
-    state, dataset = fresh(data__path=lines_file(path, shift), **changes)
-    params, told = checkpoint.transfer(state.params, dataset.item_ids, str(parent), make_mesh(1, 1))
-    return params, told, state, dataset
-
-
-def test_items_are_matched_by_their_own_ids(parent, fresh, tmp_path):
-    params, told, state, dataset = moved(parent, fresh, tmp_path / "data.txt", 4)
-    store, step, meta = checkpoint.best_checkpoint(parent)
-    old = checkpoint.restore_params(store, step, make_mesh(1, 1))
-    row_of = {item: row for row, item in enumerate(meta["items"], 1)}
-    for row, item in enumerate(dataset.item_ids.tolist(), 1):
-        there = old["items"][row_of[item]] if item in row_of else state.params["items"][row]
-        assert params["items"][row].tolist() == there.tolist()
-    mask_row, old_mask_row = len(dataset.item_ids) + 1, len(meta["items"]) + 1
-    assert params["items"][mask_row].tolist() == old["items"][old_mask_row].tolist()
-    assert bits(params["encoder"]) == bits(old["encoder"])
-    assert (told["items_kept"], told["items_new"], told["items_dropped"]) == (9, 4, 4)
-    assert told["from"] == str(parent) and told["step"] == step and len(told["manifest"]) == 64
-
-
-def test_one_checkpoint_of_a_run_can_be_named(parent, fresh, tmp_path):
-    folder = folder_of(parent, steps_of(parent)[0])
-    assert moved(folder, fresh, tmp_path / "data.txt", 0)[1]["items_kept"] == 13
-
-
-def test_transfer_starts_at_step_0_with_a_fresh_optimiser_and_names_its_parent(parent, cache, tmp_path):
-    data = lines_file(tmp_path / "data.txt", 4)
-    stop_before_training(cache, tmp_path / "run", data__path=data, init_from=parent)
-    _, step, meta = checkpoint.best_checkpoint(tmp_path / "run")
-    assert step == 0 and meta["parent"]["from"] == str(parent) and meta["parent"]["items_kept"] == 9
-
-
-def test_fresh_state_is_kept_beside_transferred_parameters(parent, cache, fresh, tmp_path):
-    data = lines_file(tmp_path / "data.txt", 4)
-    config = config_of(cache, data__path=data, init_from=parent)
-    state, dataset = fresh(data__path=data)
-    store = checkpoint.open_store(tmp_path / "run", create=True)
-    system = systems.build(config, dataset, make_mesh(1, 1))
-    begun, progress, told = _begin(config, dataset, system, hparams_of(config), store, make_mesh(1, 1))
-    assert int(begun.step) == 0 and bits(begun.optimizer) == bits(state.optimizer)
-    assert bits(begun.params) != bits(state.params) and progress.best_value is None and told["items_kept"] == 9
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"encoder__dim": 16}, ["['items']: here (16,), there (8,)", "['positions']: here (16, 16), there (16, 8)"]),
-        ({"encoder__layers": 2}, ["['block_1']", "there missing"]),
-        ({"encoder__max_length": 20}, ["['positions']: here (20, 8), there (16, 8)"]),
-        ({"encoder__input_norm": "false"}, ["['norm_input']['scale']: here missing, there (8,)"]),
-    ],
-    ids=["dim", "more layers", "length", "fewer parameters"],
-)
-def test_transfer_that_does_not_fit_lists_both_shapes(parent, fresh, tmp_path, changes, said):
-    with pytest.raises(UserError, match="do not fit") as error:
-        moved(parent, fresh, tmp_path / "data.txt", 0, **changes)
-    assert all(part in str(error.value) for part in said), str(error.value)
-
-
-def test_transfer_without_a_common_item_is_an_error(parent, fresh, tmp_path):
-    with pytest.raises(UserError, match="no item of this data set is in that checkpoint"):
-        moved(parent, fresh, tmp_path / "data.txt", 100)
-
-
-@pytest.mark.parametrize("name", ["none", "run"])
-def test_transfer_from_nothing_is_an_error(fresh, tmp_path, name):
-    (tmp_path / "run").mkdir()
-    with pytest.raises(UserError, match="no such workdir|no checkpoints here"):
-        moved(tmp_path / name, fresh, tmp_path / "data.txt", 0)
-
-
-def test_transfer_from_a_damaged_checkpoint_is_an_error(parent, fresh, tmp_path):
-    copy = Path(shutil.copytree(parent, tmp_path / "copy"))
-    step = steps_of(copy)[0]
-    flip(biggest(folder_of(copy, step), "params/d/*"))
-    with pytest.raises(UserError, match="differs from its checksum"):
-        moved(folder_of(copy, step), fresh, tmp_path / "data.txt", 0)

@@ -43,7 +43,7 @@ def message(function, *arguments):
         ("train.batch_size", "64", 64), ("mesh.data", "-1", -1), ("train.learning_rate", "1", 1.0),
         ("train.learning_rate", "5e-4", 5e-4), ("data.path", "a=b,c", "a=b,c"), ("data.time_column", "", ""),
         ("augment.operators", "crop, mask", ("crop", "mask")), ("report.baselines", "", ()),
-        ("report.baselines", "pop", ("pop",)),
+        ("report.baselines", "pop", ("pop",)), ("train.keep_epochs", "10, 20", (10, 20)), ("train.keep_epochs", "", ()),
     ],
 )  # fmt: skip
 def test_override_takes_the_type_of_the_default(key, text, value):
@@ -58,6 +58,7 @@ def test_override_takes_the_type_of_the_default(key, text, value):
         ("train.batch_size=64.0", "a whole number in [1, inf)"),
         ("train.learning_rate=fast", "a number in (0, inf)"),
         ("train.packed=yes", "true or false"),
+        ("train.keep_epochs=10,2.5", "whole numbers in [1, inf), separated by commas"),
     ],
 )
 def test_wrong_type_names_key_value_and_range(override, said):
@@ -103,6 +104,7 @@ def test_a_configuration_file_may_lie_anywhere(tmp_path, monkeypatch):
         ("config.train.batch_size = 'many'", "batch_size"),
         ("config.trian.batch_size = 3", "trian"),
         ("config.report.baselines = 'pop'", "baselines"),
+        ("config.train.keep_epochs = ('10',)", "train.keep_epochs=('10',) has the wrong type"),
         ("import seqrec_jaxx", "seqrec_jaxx"),
         ("config.seed = = 3", "syntax"),
     ],
@@ -221,7 +223,7 @@ def test_every_key_has_a_rule_of_its_kind():
     for key, value in flatten(load(BASE)).items():
         kinds = [key in RANGES, key in CHOICES, key in FREE_TEXT, isinstance(value, bool)]
         assert sum(kinds) == 1, key
-        assert (key in RANGES) == (isinstance(value, int | float) and not isinstance(value, bool)), key
+        assert (key in RANGES) == (type(value) in (int, float) or key == "train.keep_epochs"), key
     assert RANGES.keys() | CHOICES.keys() | FREE_TEXT <= flatten(load(BASE)).keys()
 
 
@@ -230,7 +232,7 @@ def test_every_range_is_kept(key):
     value = flatten(load(BASE))[key]
     low = float(RANGES[key][1:].split(",")[0])
     below = low if RANGES[key][0] == "(" else low - 1
-    text = message(validate, overridden(f"{key}={int(below) if isinstance(value, int) else below}"), 1)
+    text = message(validate, overridden(f"{key}={below if isinstance(value, float) else int(below)}"), 1)
     assert f"{key}=" in text and RANGES[key] in text
     if isinstance(value, float):
         assert RANGES[key] in message(validate, overridden(f"{key}=nan"), 1)
@@ -260,6 +262,8 @@ def test_an_open_end_is_outside(key):
         (["encoder.heads=3"], ["encoder.dim=64", "encoder.heads=3", "multiples of 3"]),
         (["system=cl4srec", "train.batch_size=1"], ["train.batch_size=1", "[2, inf)"]),
         (["train.max_epochs=0"], ["train.max_epochs=0", "[1, inf)"]),
+        (["train.keep_epochs=10,50,20"], ["train.keep_epochs=50", "train.max_epochs=40"]),
+        (["init_from=RUN", "system=pop", "report.baselines="], ["init_from=RUN", "system=pop"]),
         (["train.warmup_steps=5", "train.max_steps=5"], ["train.warmup_steps=5", "train.max_steps=5"]),
         (["loss.negative_distribution=popularity"], ["loss.negative_distribution", "loss.next_item=sampled"]),
         (["augment.operators="], ["augment.operators is empty", "crop, mask, reorder"]),
@@ -296,6 +300,10 @@ def test_custom_frees_every_choice():
 
 def test_pop_may_train_no_epoch():
     validate(overridden("system=pop", "report.baselines=", "train.max_epochs=0"), 1)
+
+
+def test_heads_are_the_transformers_alone():
+    validate(overridden("encoder.kind=gru", "encoder.heads=3"), 1)
 
 
 def test_mesh():

@@ -23,9 +23,9 @@ def cache(tmp_path_factory):
     return tmp_path_factory.getbasetemp() / "cache"
 
 
-def losses(cache, workdir, devices, system, mesh=(), *, steps=5):
+def losses(cache, workdir, devices, system, mesh=(), *, steps=5, **changes):
     """Trains to `steps` in a new process with forced CPU devices and returns the loss of every step so far."""
-    process = start(cache, workdir, devices, system, mesh, steps=steps)
+    process = start(cache, workdir, devices, system, mesh, steps=steps, **changes)
     assert process.returncode == 0, process.stdout + process.stderr
     assert json.loads((workdir / "results.json").read_text())["device"] == f"{devices} x cpu"
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -82,6 +82,19 @@ def test_checkpoint_moves_from_one_device_to_eight_and_back(cache, single, tmp_p
     mesh = (("data", 4), ("model", 2))
     assert losses(cache, tmp_path / "run", 8, "sasrec", mesh, steps=6) == pytest.approx(expected[:6], rel=1e-5)
     assert losses(cache, tmp_path / "run", 1, "sasrec", steps=7) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_transfer_from_one_device_to_eight_and_back(cache, single, tmp_path):
+    (parent, _), mesh = single("sasrec"), (("data", 4), ("model", 2))
+    runs = [("one", 1, (), parent), ("eight", 8, mesh, parent), ("one again", 1, (), tmp_path / "one"),
+            ("from eight", 1, (), tmp_path / "eight")]  # fmt: skip
+    one, eight, again, from_eight = (
+        losses(cache, tmp_path / name, devices, "sasrec", shape, init_from=f"{start}@last")
+        for name, devices, shape, start in runs
+    )
+    assert eight == pytest.approx(one, rel=1e-5) and from_eight == pytest.approx(again, rel=1e-5)
+    assert one[0] < single("sasrec")[1][0]  # it goes on where the parent was
 
 
 def test_batch_that_eight_devices_do_not_divide_is_refused(cache, tmp_path):

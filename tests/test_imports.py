@@ -17,13 +17,13 @@ ORDER = [
     "data.prepare",
     "data.batches", "data.prefixes", "data.same_target",
     "augment", "cloze", "sharding",
-    "encoders.transformer",
+    "encoders.transformer", "encoders.gru", "encoders",
     "losses.softmax", "losses.contrastive", "losses.negatives", "losses.next_item",
     "losses.mutual_information",
     "systems.system", "systems.pop", "systems.sasrec", "systems.cl4srec", "systems.duorec", "systems.s3rec", "systems",
     "optimizer", "train_step",
     "ranking", "evaluate", "analysis",
-    "checkpoint", "workdir", "train",
+    "checkpoint", "transfer", "workdir", "train",
     "recommend", "report", "compare", "run", "main",
     "",  # the package itself: only a door to the finished product
 ]  # fmt: skip

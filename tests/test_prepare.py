@@ -155,6 +155,14 @@ def test_cache_is_used(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "cache") == [first.hash]
 
 
+def test_a_fraction_of_the_users_is_the_same_data(tmp_path):
+    path = csv(tmp_path, [("u", "a", 1), ("u", "b", 2)])
+    whole = prepare(config(path), tmp_path / "cache")
+    for _ in range(2):
+        part = prepare(config(path, train_fraction=0.5), tmp_path / "cache")
+        assert (part.hash, part.train_fraction, whole.train_fraction) == (whole.hash, 0.5, 1.0)
+
+
 @pytest.mark.parametrize("file", [*preparation._FILES, "manifest.json"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "changed"])
 def test_damaged_cache_is_rebuilt(tmp_path, file, damage):

@@ -21,6 +21,7 @@ from seqrec_jax.config import load
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.errors import RunFailed, UserError
 from seqrec_jax.main import main
+from seqrec_jax.sharding import make_mesh
 from seqrec_jax.workdir import locked, read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,6 +194,24 @@ def test_figures_at_every_validation_continue(cache, tmp_path):
     assert_equal_runs(tmp_path / "stopped", tmp_path / "whole")
     last = lines_of(tmp_path / "whole")[-1]
     assert {"alignment", "uniformity", "item_cosine", "effective_rank"} <= last.keys() and last["kind"] == "valid"
+
+
+def test_checkpoints_of_named_epochs_stay_and_a_resumed_run_has_the_same(uninterrupted, cache, tmp_path):
+    kept = {"train__keep_epochs": "1,2", "eval__every": 7, "train__save_every": 7}  # no epoch ends with a validation
+    assert main(flags(cache, tmp_path / "whole", **kept)) == 0
+    with pytest.raises(train.Stopped):
+        run.train_and_evaluate(config_of(cache, **kept), tmp_path / "stopped", stop_after(4))
+    assert main(flags(cache, tmp_path / "stopped", **kept)) == 0
+    assert_equal_runs(tmp_path / "stopped", tmp_path / "whole")
+    arrays = {}
+    for name in ("whole", "stopped"):
+        assert {5, 10} <= {int(path.name) for path in (tmp_path / name / "checkpoints").iterdir()}
+        store, step, _ = checkpoint.find(tmp_path / name, "epoch2")
+        params = checkpoint.restore_params(store, step, make_mesh(1, 1))
+        arrays[name] = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
+    assert arrays["whole"] == arrays["stopped"]
+    (_, last, _), (_, last_plain, _) = newest(tmp_path / "whole"), newest(uninterrupted)
+    assert all(last[name].tobytes() == last_plain[name].tobytes() for name in last)  # keeping changes no step
 
 
 def test_more_epochs_continue_a_finished_run(uninterrupted, cache, tmp_path):

@@ -48,9 +48,16 @@ class Examples:
 
 
 def train_lengths(dataset: SequenceDataset) -> np.ndarray:
-    """Length of each user's training part: all but the last two items; everything for users with fewer than 3 items."""
+    """Length of each user's training part: all but the last two items; everything for users with fewer than 3 items.
+
+    Nothing for those whom dataset.train_fraction leaves out. All that counts or draws training actions asks here.
+    """
     lengths_U = np.diff(dataset.offsets_U1)
-    return np.where(lengths_U >= 3, lengths_U - 2, lengths_U)
+    drawn_U = np.argsort(np.random.PCG64(0).random_raw(len(lengths_U)))  # the same in every version of NumPy
+    left_out = drawn_U[max(round(dataset.train_fraction * len(lengths_U)), 1) :]
+    train_U = np.where(lengths_U >= 3, lengths_U - 2, lengths_U)
+    train_U[left_out] = 0
+    return train_U
 
 
 def train_counts(dataset: SequenceDataset) -> np.ndarray:

@@ -24,3 +24,4 @@ class SequenceDataset:
     attributes_N: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))  # 1.., rising in a set
     attribute_offsets_V1: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))  # [items + 1]
     attribute_names: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.str_))  # of a: [a - 1]
+    train_fraction: float = 1.0  # share of users who are trained on: see data.batches.train_lengths

@@ -1,5 +1,6 @@
 """From the source to CSR histories: filters, order, dense ids, the report, and a cache of the result."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -62,7 +63,7 @@ def prepare(config_data, cache_dir: Path) -> SequenceDataset:
             read = attributes.read_attributes(extra, config_data)
             dataset = attributes.with_attributes(dataset, read, str(extra))
         _store(dataset, cache_dir / name)
-    return dataset
+    return dataclasses.replace(dataset, train_fraction=config_data.train_fraction)
 
 
 def build(
@@ -141,6 +142,7 @@ def print_report(report: dict) -> None:
         "test in history": f"{test['count']:,} users ({test['share']:.2%})",
         **({"dropped": f"{report['targets_dropped']:,} targets"} if "targets_dropped" in report else {}),
         **({"attributes": attributes.report_line(report["attributes"])} if "attributes" in report else {}),
+        **({"trained on": f"{report['users_trained']:,} users"} if "users_trained" in report else {}),
         "too short": f"{report['users_too_short']:,} users with fewer than 3 items (trained on, not evaluated)",
         "hash": report["hash"],
     }

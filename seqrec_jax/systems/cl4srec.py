@@ -6,10 +6,10 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from seqrec_jax import encoders
 from seqrec_jax.augment import augment_all, draw_operators
 from seqrec_jax.data.batches import histories_of, place
 from seqrec_jax.data.dataset import SequenceDataset
-from seqrec_jax.encoders import transformer
 from seqrec_jax.losses.contrastive import info_nce
 from seqrec_jax.losses.next_item import next_item_loss
 from seqrec_jax.systems import sasrec
@@ -25,15 +25,15 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
         key_next, key_negatives, key_views, key_a, key_b = jax.random.split(key, 5)
 
         def encode(batch, key):
-            return transformer.encode(params, batch, encoder, key, hparams)
+            return encoders.encode(params, batch, encoder, key, hparams)
 
         next_item = next_item_loss(  # Eq. 15
             key_negatives, encode(batch, key_next), batch, params["items"], data["negatives"],
             config.loss, num_items, mesh,
         )  # fmt: skip
         view_a, view_b = two_views(key_views, batch, data["items_A"], hparams)  # Section 3.3
-        users_a_UxD = transformer.last_states(encode(view_a, key_a), view_a)  # Section 3.2.2
-        users_b_UxD = transformer.last_states(encode(view_b, key_b), view_b)
+        users_a_UxD = encoders.last_states(encode(view_a, key_a), view_a)  # Section 3.2.2
+        users_b_UxD = encoders.last_states(encode(view_b, key_b), view_b)
         contrast = info_nce(  # Eq. 2
             users_a_UxD, users_b_UxD, batch.users_U >= 0, hparams["temperature"], mesh, config.contrastive.similarity
         )

@@ -8,11 +8,11 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from seqrec_jax import encoders
 from seqrec_jax.augment import augment_all, draw_operators
 from seqrec_jax.data import batches, prefixes
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.same_target import SameTarget, draw_same_target, same_target_index
-from seqrec_jax.encoders import transformer
 from seqrec_jax.errors import UserError
 from seqrec_jax.losses.contrastive import info_nce
 from seqrec_jax.losses.next_item import next_item_loss
@@ -54,7 +54,7 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
         items_A = data["items_A"]
 
         def encode(batch, key):
-            return transformer.encode(params, batch, encoder, key, hparams)
+            return encoders.encode(params, batch, encoder, key, hparams)
 
         hidden_RxLxD = encode(batch, key_next)
         next_item = next_item_loss(  # Eq. 10, 11
@@ -70,7 +70,7 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
         if mode == "cl4srec":
             view = augmented(key_augment, view, items_A, config, hparams, num_items + 1)
         view = split_rows(mesh, view)
-        views_QxD = transformer.last_states(encode(view, key_encode), view)
+        views_QxD = encoders.last_states(encode(view, key_encode), view)
         views_VxPxD = views_QxD.reshape(*action_PxV.shape, -1).swapaxes(0, 1)  # Eq. 12, 13
         anchor_PxD = hidden_RxLxD.reshape(-1, encoder.dim)[cell_P]
         contrast = regularisation(

@@ -13,10 +13,10 @@ from flax import struct
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from seqrec_jax import cloze
+from seqrec_jax import cloze, encoders
 from seqrec_jax.data.batches import train_counts, train_lengths
 from seqrec_jax.data.dataset import SequenceDataset
-from seqrec_jax.encoders import transformer
+from seqrec_jax.encoders.transformer import initializer
 from seqrec_jax.errors import UserError
 from seqrec_jax.losses import mutual_information as mim
 from seqrec_jax.losses.negatives import Absent, absent_items, draw_absent
@@ -47,8 +47,8 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
 
     def states(params, batch, key=None, hparams=NO_DROPOUT):
         asked = cloze.ask_next(batch, mask_item, encoder.positions)
-        hidden_RxLxD = transformer.encode(params, asked, encoder, key, hparams, causal=False)
-        return mim.project(transformer.last_states(hidden_RxLxD, asked), params["maps"]["mip"])
+        hidden_RxLxD = encoders.encode(params, asked, encoder, key, hparams, causal=causal(encoder))
+        return mim.project(encoders.last_states(hidden_RxLxD, asked), params["maps"]["mip"])
 
     system = System(functools.partial(init, config=config, dataset=dataset), states)
     if not len(dataset.items_A):  # a vocabulary alone, to recommend
@@ -66,13 +66,19 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
 def init(key: jax.Array, config: ConfigDict, dataset: SequenceDataset) -> dict:
     """Parameters {"items", "encoder", "maps": one linear map an objective, "attributes": [attributes, dim]}."""
     key_encoder, key_attributes, *keys = jax.random.split(key, 2 + len(OBJECTIVES))
-    normal, dim = transformer.initializer(config.encoder), config.encoder.dim
+    normal, dim = initializer(config.encoder), config.encoder.dim
     bias = {"bias": jnp.zeros(dim)} if config.s3rec.form == "code" else {}
     maps = {name: {"kernel": normal(key, (dim, dim)), **bias} for name, key in zip(OBJECTIVES, keys, strict=True)}
     names = dataset.attribute_names
     table = {"attributes": normal(key_attributes, (len(names), dim))} if len(names) else {}
-    encoder = transformer.init(key_encoder, FrozenConfigDict(config.encoder), len(dataset.item_ids), causal=False)
-    return encoder | {"maps": maps} | table
+    encoder = FrozenConfigDict(config.encoder)
+    shared = encoders.init(key_encoder, encoder, len(dataset.item_ids), causal=causal(encoder))
+    return shared | {"maps": maps} | table
+
+
+def causal(encoder: FrozenConfigDict) -> bool:
+    """Pretraining reads both ways where the encoder can; a GRU cannot."""
+    return encoder.kind == "gru"
 
 
 def views_of(key, batch, data, hparams, used, s3rec, mask_item):
@@ -103,7 +109,7 @@ def encode_views(params, batch, views, encoder, key, hparams, mesh):
         segments_RxL=beside(batch.segments_RxL),
         positions_RxL=beside(batch.positions_RxL),
     )
-    hidden = transformer.encode(params, split_rows(mesh, many), encoder, key, hparams, causal=False)
+    hidden = encoders.encode(params, split_rows(mesh, many), encoder, key, hparams, causal=causal(encoder))
     hidden_RxVxLxD = hidden.reshape(-1, len(views), encoder.max_length, encoder.dim)
     return {name: hidden_RxVxLxD[:, view].reshape(-1, encoder.dim) for view, name in enumerate(views)}
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from seqrec_jax import encoders
 from seqrec_jax.augment import augment_all, draw_operators
 from seqrec_jax.data.batches import histories_of, place, train_lengths
 from seqrec_jax.data.dataset import SequenceDataset
-from seqrec_jax.encoders import transformer
 from seqrec_jax.losses.negatives import negative_source
 from seqrec_jax.losses.next_item import next_item_loss
 from seqrec_jax.systems.system import System
@@ -23,24 +23,22 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
         key_encode, key_loss, key_view = jax.random.split(key, 3)
         if augmented:
             batch = augmented_batch(key_view, batch, data["items_A"], config, hparams, num_items + 1)
-        hidden_RxLxD = transformer.encode(params, batch, encoder, key_encode, hparams)
+        hidden_RxLxD = encoders.encode(params, batch, encoder, key_encode, hparams)
         value = next_item_loss(
             key_loss, hidden_RxLxD, batch, params["items"], data["negatives"], config.loss, num_items, mesh
         )
         return value, (state, {"next_item": value})
 
     def states(params, batch, key=None, hparams=NO_DROPOUT):
-        return transformer.last_states(transformer.encode(params, batch, encoder, key, hparams), batch)
+        return encoders.last_states(encoders.encode(params, batch, encoder, key, hparams), batch)
 
     return System(
-        init=lambda key: transformer.init(key, encoder, num_items),
+        init=lambda key: encoders.init(key, encoder, num_items),
         states=states,
         loss=loss,
         data={
             "items_A": dataset.items_A,
-            "negatives": negative_source(
-                config.loss, dataset, train_lengths(dataset), transformer.table_rows(num_items)
-            ),
+            "negatives": negative_source(config.loss, dataset, train_lengths(dataset), encoders.table_rows(num_items)),
         },
     )
 

@@ -1,0 +1,109 @@
+"""Transfer: a run begins with the parameters of another one's checkpoint, at step 0 and with a fresh optimiser."""
+
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from seqrec_jax import checkpoint
+from seqrec_jax import config as configuration
+from seqrec_jax.errors import UserError
+
+# Settings of an encoder that its parameters' shapes do not show, but that change what it makes of them.
+UNSEEN = ("heads", "activation", "norm", "scale_embedding", "positions")
+log = logging.getLogger(__name__)
+
+
+def transfer(params: dict, item_ids: np.ndarray, config: ConfigDict, mesh: Mesh) -> tuple[dict, dict]:
+    """`params` with the values of the checkpoint config.init_from, and what to remember of it (JSON-ready).
+
+    The groups of parameters ("items", "encoder" and what a system adds) are matched by name. A group that the
+    checkpoint alone has is left out, one that it lacks stays fresh; the others must agree in every name and shape.
+    Rows of the item table are matched by the items' own ids (`item_ids`), those of padding and mask token by what they
+    mean; new items stay fresh. Raises UserError for a checkpoint that is missing or damaged, that does not fit, or that
+    has no item in common with this data.
+    """
+    store, step, meta = _find(config.init_from)
+    old = checkpoint.restore_params(store, step, mesh)
+    shared = params.keys() & old.keys()
+    _check_shapes({name: params[name] for name in shared}, {name: old[name] for name in shared}, config.init_from)
+    new_rows, old_rows = matching_rows(item_ids.tolist(), meta["items"])
+    kept = len(new_rows) - 2
+    if not kept:
+        raise UserError(f"{config.init_from}: no item of this data set is in that checkpoint (config.init_from)")
+    move = jax.jit(lambda here, there, new, old: here.at[new].set(there[old]), out_shardings=params["items"].sharding)
+    items = move(params["items"], old["items"], new_rows, old_rows)
+    report = {
+        "from": config.init_from,
+        "step": step,
+        "config_hash": configuration.config_hash(ConfigDict(meta["config"])),
+        "data_hash": meta["dataset_hash"],
+        "manifest": checkpoint.manifest_hash(store, step),
+        "items_kept": kept,
+        "items_new": len(item_ids) - kept,
+        "items_dropped": len(meta["items"]) - kept,
+        "left_out": sorted(old.keys() - shared),
+        "fresh": sorted(params.keys() - shared),
+    }
+    _tell(report, meta["config"]["encoder"], config.encoder)
+    return params | {name: old[name] for name in shared} | {"items": items}, report
+
+
+def matching_rows(item_ids: list[str], old_ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(new_rows, old_rows) of the item tables that mean the same: padding, the items both have, the mask token."""
+    row_of = {item: row for row, item in enumerate(old_ids, 1)}
+    pairs = [(row, row_of[item]) for row, item in enumerate(item_ids, 1) if item in row_of]
+    new_rows, old_rows = np.array([(0, 0), *pairs, (len(item_ids) + 1, len(old_ids) + 1)], np.int32).T
+    return new_rows, old_rows
+
+
+def _find(init_from: str) -> tuple[checkpoint.Store, int, dict]:
+    """(store, step, meta) of RUN, RUN@NAME or RUN/checkpoints/STEP; a folder that is called so comes first."""
+    path, name = Path(init_from).expanduser(), "best"
+    if not path.is_dir() and "@" in init_from:
+        folder, _, name = init_from.rpartition("@")
+        path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise UserError(f"{path}: no such workdir or checkpoint (config.init_from); nothing was started from scratch")
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        path, name = path.parent.parent, path.name
+    return checkpoint.find(path, name)
+
+
+def _check_shapes(params: dict, old: dict, init_from: str) -> None:
+    """Raises UserError with a table of the names and shapes that differ; the number of items may differ."""
+    here, there = _shapes(params), _shapes(old)
+    differs = [name for name in here | there if here.get(name) != there.get(name)]
+    if differs:
+        rows = [("parameter", "here", "there")]
+        rows += [(name, here.get(name, "missing"), there.get(name, "missing")) for name in differs]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        raise UserError(
+            f"{init_from}: its parameters do not fit (config.init_from); give this run the config.encoder of that one:"
+            f"\n{table}"
+        )
+
+
+def _shapes(params: dict) -> dict[str, str]:
+    shapes = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        shape = ("any", *leaf.shape[1:]) if name == "items" else leaf.shape
+        shapes[name] = f"({', '.join(map(str, shape))})"
+    return shapes
+
+
+def _tell(report: dict, old_encoder: dict, encoder: ConfigDict) -> None:
+    counts = ", ".join(f"{report[f'items_{what}']:,} {what}" for what in ("kept", "new", "dropped"))
+    groups = [f"{what.replace('_', ' ')}: {', '.join(report[what])}" for what in ("left_out", "fresh") if report[what]]
+    log.info("parameters from %s, step %d: %s", report["from"], report["step"], "; ".join([f"items {counts}", *groups]))
+    for key in UNSEEN:
+        if old_encoder[key] != encoder[key]:
+            log.warning(
+                "config.encoder.%s is %s there and %s here: the parameters fit, but were trained for another encoder",
+                key, old_encoder[key], encoder[key],
+            )  # fmt: skip
