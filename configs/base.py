@@ -13,7 +13,7 @@ def get_config(argument: str = "") -> ConfigDict:
     """The defaults: SASRec on the embedded synthetic data."""
     config = ConfigDict()
     config.name = "base"  # names the default workdir
-    config.system = "sasrec"  # pop | sasrec | sasrec_aug | cl4srec | duorec
+    config.system = "sasrec"  # pop | sasrec | sasrec_aug | cl4srec | duorec | s3rec (pretraining)
     config.seed = 0  # every random stream of the run
     # Whose parameters this run starts from: a workdir's best checkpoint (RUN or RUN@best) or another one (RUN@last,
     # RUN@STEP, RUN@epochN, or the checkpoint's folder); "" = from scratch
@@ -31,6 +31,9 @@ def get_config(argument: str = "") -> ConfigDict:
     data.repeats = "keep"  # keep | drop: drop keeps the first of equal (user, item) pairs
     data.min_user = 0  # k-core: users with fewer actions are removed, repeatedly; 0 = keep all
     data.min_item = 0  # k-core: items with fewer actions are removed, repeatedly; 0 = keep all
+    data.attributes = ""  # of items: "" = none | included: those of the named or the embedded data | a file
+    data.attribute_columns = ()  # of a tabular file; () = RecBole's token_seq columns, MovieLens' genres
+    data.attribute_separator = "|"  # between the attributes of a text column (RecBole: a blank)
     # Share of users who are trained on, the same in every run; a smaller share is part of a larger one. The training
     # actions of the others are neither inputs nor targets, nor counted by pop.counts=train and negatives by popularity.
     # Evaluation is of all users with their whole histories, over all items, as ever.
@@ -81,6 +84,16 @@ def get_config(argument: str = "") -> ConfigDict:
     contrastive.mode = "duorec"
     contrastive.same_target_negatives = "removed"  # duorec: removed (the paper) | kept (its published code)
     contrastive.directions = "averaged"  # duorec: summed (the paper, Eq. 14: twice the value) | averaged (its code)
+
+    config.s3rec = s3rec = ConfigDict()
+    s3rec.aap = 0.2  # weight of associated attribute prediction; an objective whose weight is 0 is not computed
+    s3rec.mip = 1.0  # of masked item prediction; pretraining's validation ranks items with its map
+    s3rec.map = 1.0  # of masked attribute prediction
+    s3rec.sp = 0.5  # of segment prediction
+    s3rec.mask = 0.2  # probability that an item is masked; the last one always is
+    s3rec.form = "code"  # of the objectives: code (the published one) | paper (its equations)
+    s3rec.negatives = 1  # items drawn for each masked one
+    s3rec.segment_negatives = "training"  # training | published (of whole histories: held-out items leak in)
 
     config.augment = augment = ConfigDict()
     augment.operators = ("crop", "mask", "reorder")  # the set that views draw from

@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from seqrec_jax.validate import PRETRAINING
 from seqrec_jax.workdir import read_lines
 
 COLUMNS = ("hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr@10", "mrr")
@@ -56,7 +57,9 @@ def plots(workdir: Path, results: dict) -> None:
     lines = {name: read_lines(run / "metrics.jsonl") for name, run in runs.items()}
     found = {name: read_arrays(run) for name, run in runs.items() if (run / "analysis.npz").is_file()}
     with picture(folder / "loss.png") as (axes,):
-        draw_curves(axes, lines, "train", "next_item", f"next-item loss, {data}")
+        pretrains = results["system"] in PRETRAINING
+        value, title = ("loss", "pretraining loss") if pretrains else ("next_item", "next-item loss")
+        draw_curves(axes, lines, "train", value, f"{title}, {data}")
     with picture(folder / "validation.png") as (axes,):
         draw_curves(axes, lines, "valid", results["metric"], f"validation {results['metric']}, {data}")
     if found:
@@ -104,9 +107,9 @@ def picture(target: Path | BinaryIO, panels: int = 1) -> Iterator[tuple]:
 
 
 def draw_curves(axes: Any, lines: dict[str, list[dict]], kind: str, value: str, title: str) -> None:
-    """`value` of the lines of `kind` (train or valid) by step."""
+    """`value` of the lines of `kind` (train or valid) by step; of pretraining there is no next-item loss to draw."""
     for name, points in lines.items():
-        points = [(line["step"], line[value]) for line in points if line["kind"] == kind]
+        points = [(line["step"], line[value]) for line in points if line["kind"] == kind and value in line]
         if points:
             axes.plot(*zip(*points, strict=True), label=name)
     axes.set(xlabel="step", ylabel=title.partition(",")[0], title=title)

@@ -23,7 +23,7 @@ from seqrec_jax.protocol import protocol_of
 from seqrec_jax.sharding import make_mesh
 from seqrec_jax.train import identity, train
 from seqrec_jax.train_step import TrainState
-from seqrec_jax.validate import mesh_shape
+from seqrec_jax.validate import PRETRAINING, mesh_shape
 from seqrec_jax.workdir import locked, settle_config, write_json
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, stop: threading.Event)
         if finished:
             print(f"{workdir}: this run is finished\n{report.table(finished)}")
             return finished
-        examples = batches.train_examples(dataset, config.train.targets, config.encoder.max_length)
+        examples = train_examples(config, dataset)
         trained = {"users_trained": len(np.unique(examples.user_E)), "targets_dropped": examples.dropped_targets}
         data_report = dataset.report | trained
         write_json(workdir / "data_report.json", data_report)
@@ -71,10 +71,16 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict:
     return results
 
 
+def train_examples(config: ConfigDict, dataset: SequenceDataset) -> batches.Examples:
+    """The examples of `train.targets`; a system that pretrains reads the whole training part."""
+    whole = config.system in PRETRAINING
+    return batches.train_examples(dataset, config.train.targets, config.encoder.max_length, whole=whole)
+
+
 def train_layout(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> tuple[batches.Layout, int]:
     """The training examples of `train.targets` in rows, and how many targets were dropped."""
     train, encoder = config.train, config.encoder
-    examples = batches.train_examples(dataset, train.targets, encoder.max_length)
+    examples = train_examples(config, dataset)
     if not len(examples.user_E):
         raise UserError("no user has two training items, so there is nothing to predict; see data_report.json")
     layout = batches.make_layout(
@@ -154,7 +160,7 @@ def _header(config, dataset) -> dict:
             "hash": dataset.hash,
             **{key: report_[key] for key in ("users", "items", "actions")},
         },
-        "loss": config.loss.next_item,
+        "loss": "pretraining" if config.system in PRETRAINING else config.loss.next_item,
         "targets": config.train.targets,
         "train_fraction": config.data.train_fraction,
         "seed": config.seed,

@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 from seqrec_jax.errors import UserError, unknown
 from seqrec_jax.protocol import PROTOCOLS
 
-SYSTEMS = ("pop", "sasrec", "sasrec_aug", "cl4srec", "duorec")
+SYSTEMS = ("pop", "sasrec", "sasrec_aug", "cl4srec", "duorec", "s3rec")
+PRETRAINING = ("s3rec",)  # systems without a next-item loss, for others to start from
 METRICS = (*(f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in (1, 5, 10, 20)), "mrr")
 
 # Intervals in the notation of mathematics. Every number of configs/base.py has one.
@@ -33,6 +34,12 @@ RANGES = {  # for a tuple: of each element
     "contrastive.weight": "[0, inf)",
     "contrastive.temperature": "(0, inf)",
     "contrastive.pairs": "[2, inf)",
+    "s3rec.aap": "[0, inf)",
+    "s3rec.mip": "[0, inf)",
+    "s3rec.map": "[0, inf)",
+    "s3rec.sp": "[0, inf)",
+    "s3rec.mask": "[0, 1]",
+    "s3rec.negatives": "[1, inf)",
     "augment.crop": "[0, 1]",
     "augment.mask": "[0, 1]",
     "augment.reorder": "[0, 1]",
@@ -76,6 +83,8 @@ CHOICES = {  # for a tuple: of each element
     "contrastive.mode": ("unsupervised", "supervised", "both_added", "duorec", "cl4srec"),
     "contrastive.same_target_negatives": ("removed", "kept"),
     "contrastive.directions": ("summed", "averaged"),
+    "s3rec.form": ("code", "paper"),
+    "s3rec.segment_negatives": ("training", "published"),
     "augment.operators": ("crop", "mask", "reorder"),
     "augment.choice": ("uniform", "different", "fixed"),
     "train.targets": ("all", "windows", "prefix"),
@@ -85,7 +94,7 @@ CHOICES = {  # for a tuple: of each element
     "eval.candidates": ("", "all", "sampled"),
     "eval.metric": ("", *METRICS),
     "pop.counts": ("train", "all"),
-    "report.baselines": SYSTEMS,
+    "report.baselines": tuple(system for system in SYSTEMS if system not in PRETRAINING),
 }
 
 
@@ -154,6 +163,8 @@ def _data_conflicts(config: ConfigDict) -> Iterator[str]:
         yield f"name='{config.name}' names a folder: it cannot be empty or hold a '/'"
     if data.name and not data.dir and not data.path:
         yield f"data.name={data.name} needs --config.data.dir=FOLDER, the folder that holds the named data sets"
+    if not data.attribute_separator:
+        yield "data.attribute_separator is empty; allowed: what stands between two attributes, as in '|'"
     if not data.name and not data.path:  # synthetic data
         if data.dir:
             yield f"data.dir={data.dir} is given, but no data set is named: --config=FILE.py:NAME, or set data.path"
@@ -182,6 +193,8 @@ def _training_conflicts(config: ConfigDict, data_devices: int) -> Iterator[str]:
         )
     if config.system != "pop" and train.max_epochs == 0:
         yield f"train.max_epochs=0 does not train system={config.system}; allowed: [1, inf)"
+    if config.system == "s3rec" and not any(config.s3rec[name] for name in ("aap", "mip", "map", "sp")):
+        yield "s3rec.aap, s3rec.mip, s3rec.map and s3rec.sp are all 0, so there is nothing to learn; set one above 0"
     if max(train.keep_epochs, default=0) > train.max_epochs:
         yield f"train.keep_epochs={max(train.keep_epochs)} is never reached: train.max_epochs={train.max_epochs}"
     if config.init_from and config.system == "pop":

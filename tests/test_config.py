@@ -17,7 +17,8 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 BASE, CL4SREC = str(CONFIGS / "base.py"), str(CONFIGS / "cl4srec.py")
 FREE_TEXT = {
     "name", "init_from", "data.name", "data.dir", "data.path", "data.user_column", "data.item_column",
-    "data.time_column", "data.cache_dir", "eval.negatives",
+    "data.time_column", "data.attributes",
+    "data.attribute_columns", "data.attribute_separator", "data.cache_dir", "eval.negatives",
 }  # fmt: skip
 
 

@@ -13,12 +13,14 @@ PACKAGE = ROOT / "seqrec_jax"
 # Every module, without "seqrec_jax.": each may import only those before it.
 ORDER = [
     "errors", "protocol", "validate", "config",
-    "data.dataset", "data.tfds_interactions", "data.tables", "data.sources", "data.synthetic", "data.prepare",
+    "data.dataset", "data.tfds_interactions", "data.tables", "data.sources", "data.synthetic", "data.attributes",
+    "data.prepare",
     "data.batches", "data.prefixes", "data.same_target",
-    "augment", "sharding",
+    "augment", "cloze", "sharding",
     "encoders.transformer", "encoders.gru", "encoders",
     "losses.softmax", "losses.contrastive", "losses.negatives", "losses.next_item",
-    "systems.system", "systems.pop", "systems.sasrec", "systems.cl4srec", "systems.duorec", "systems",
+    "losses.mutual_information",
+    "systems.system", "systems.pop", "systems.sasrec", "systems.cl4srec", "systems.duorec", "systems.s3rec", "systems",
     "optimizer", "train_step",
     "ranking", "evaluate", "analysis",
     "checkpoint", "transfer", "workdir", "train",

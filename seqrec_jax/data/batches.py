@@ -68,10 +68,14 @@ def train_counts(dataset: SequenceDataset) -> np.ndarray:
     return np.bincount(dataset.items_A[inside_A], minlength=len(dataset.item_ids) + 1)
 
 
-def train_examples(dataset: SequenceDataset, targets: str, max_length: int) -> Examples:
-    """The training examples of `train.targets`: all, windows or prefix (see configs/base.py)."""
-    offset_U, inputs_U = dataset.offsets_U1[:-1], train_lengths(dataset) - 1  # the last training item is only a target
-    inputs_U = np.maximum(inputs_U, 0)
+def train_examples(dataset: SequenceDataset, targets: str, max_length: int, *, whole: bool = False) -> Examples:
+    """The training examples of `train.targets`: all, windows or prefix (see configs/base.py).
+
+    `whole`: for a system that predicts no next item, the last training item is an input, too; the target of that input
+    lies outside the training part and must not be read.
+    """
+    offset_U, inputs_U = dataset.offsets_U1[:-1], train_lengths(dataset)
+    inputs_U = inputs_U if whole else np.maximum(inputs_U - 1, 0)  # else the last training item is only a target
     users_U = np.arange(len(inputs_U))
     if targets == "all":
         length_U = np.minimum(inputs_U, max_length)

@@ -19,4 +19,9 @@ class SequenceDataset:
     user_ids: np.ndarray  # [users] str: the source's own id of user u
     hash: str  # of the source's bytes and the preparation's settings
     report: dict  # the data report, JSON-ready
+    # What is known of the items besides who met them (data.attributes): the set of item v is
+    # attributes_N[attribute_offsets_V1[v - 1] : attribute_offsets_V1[v]]. All empty where nothing is.
+    attributes_N: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))  # 1.., rising in a set
+    attribute_offsets_V1: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))  # [items + 1]
+    attribute_names: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.str_))  # of a: [a - 1]
     train_fraction: float = 1.0  # share of users who are trained on: see data.batches.train_lengths

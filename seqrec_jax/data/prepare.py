@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from seqrec_jax.data import sources, tables
+from seqrec_jax.data import attributes, sources, tables
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.errors import UserError, unknown
 
@@ -25,7 +25,11 @@ _SETTINGS = (
     "min_user",
     "min_item",
 )  # besides the format, all that decides what a source becomes
-_FILES = ("items.npy", "offsets.npy", "items.parquet", "users.parquet", "report.json")
+_ATTRIBUTE_SETTINGS = ("item_column", "attribute_columns", "attribute_separator", "on_bad_row")
+_ARRAYS = {"items_A": "items.npy", "offsets_U1": "offsets.npy", "attributes_N": "attributes.npy",
+           "attribute_offsets_V1": "attribute_offsets.npy"}  # fmt: skip
+_NAMES = {"item_ids": "items.parquet", "user_ids": "users.parquet", "attribute_names": "attributes.parquet"}
+_FILES = (*_ARRAYS.values(), *_NAMES.values(), "report.json")
 
 
 def prepare(config_data, cache_dir: Path) -> SequenceDataset:
@@ -45,12 +49,19 @@ def prepare(config_data, cache_dir: Path) -> SequenceDataset:
         table, digest = _synthetic(config_data)
         source = form = "synthetic"
     settings = {key: config_data[key] for key in _SETTINGS}
-    key = json.dumps([_VERSION, form, digest, settings], sort_keys=True)
+    parts = [_VERSION, form, digest, settings]
+    if config_data.attributes:  # data without them keep their hash
+        extra = attributes.attributes_path(config_data)
+        parts += [_digest(extra) if extra else "included", {key: config_data[key] for key in _ATTRIBUTE_SETTINGS}]
+    key = json.dumps(parts, sort_keys=True)
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     dataset = load(cache_dir / name, source)
     if dataset is None:
         table = table or sources.read(config_data)
         dataset = build(table, config_data.repeats, config_data.min_user, config_data.min_item, source, form, name)
+        if config_data.attributes:
+            read = attributes.read_attributes(extra, config_data)
+            dataset = attributes.with_attributes(dataset, read, str(extra))
         _store(dataset, cache_dir / name)
     return dataclasses.replace(dataset, train_fraction=config_data.train_fraction)
 
@@ -130,6 +141,7 @@ def print_report(report: dict) -> None:
         "longer than": ", ".join(f"{n}: {users:,} users" for n, users in report["users_longer_than"].items()),
         "test in history": f"{test['count']:,} users ({test['share']:.2%})",
         **({"dropped": f"{report['targets_dropped']:,} targets"} if "targets_dropped" in report else {}),
+        **({"attributes": attributes.report_line(report["attributes"])} if "attributes" in report else {}),
         **({"trained on": f"{report['users_trained']:,} users"} if "users_trained" in report else {}),
         "too short": f"{report['users_too_short']:,} users with fewer than 3 items (trained on, not evaluated)",
         "hash": report["hash"],
@@ -144,10 +156,8 @@ def load(folder: Path, source: str) -> SequenceDataset | None:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest == {file: _digest(folder / file) for file in _FILES}:
             return SequenceDataset(
-                items_A=np.load(folder / "items.npy", allow_pickle=False),
-                offsets_U1=np.load(folder / "offsets.npy", allow_pickle=False),
-                item_ids=_text(pl.read_parquet(folder / "items.parquet")["id"]),
-                user_ids=_text(pl.read_parquet(folder / "users.parquet")["id"]),
+                **{field: np.load(folder / file, allow_pickle=False) for field, file in _ARRAYS.items()},
+                **{field: _text(pl.read_parquet(folder / file)["id"]) for field, file in _NAMES.items()},
                 hash=folder.name,
                 # the same bytes may now lie elsewhere
                 report=json.loads((folder / "report.json").read_text()) | {"source": source},
@@ -165,10 +175,11 @@ def _store(dataset: SequenceDataset, folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-", ignore_cleanup_errors=True) as name:
             aside = Path(name) / "data"
             aside.mkdir()
-            np.save(aside / "items.npy", dataset.items_A, allow_pickle=False)
-            np.save(aside / "offsets.npy", dataset.offsets_U1, allow_pickle=False)
-            pl.DataFrame({"id": dataset.item_ids.tolist()}).write_parquet(aside / "items.parquet")
-            pl.DataFrame({"id": dataset.user_ids.tolist()}).write_parquet(aside / "users.parquet")
+            for field, file in _ARRAYS.items():
+                np.save(aside / file, getattr(dataset, field), allow_pickle=False)
+            for field, file in _NAMES.items():
+                names = pl.Series("id", getattr(dataset, field).tolist(), pl.String)
+                names.to_frame().write_parquet(aside / file)
             (aside / "report.json").write_text(json.dumps(dataset.report, indent=1))
             (aside / "manifest.json").write_text(json.dumps({file: _digest(aside / file) for file in _FILES}))
             try:

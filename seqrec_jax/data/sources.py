@@ -16,6 +16,13 @@ DATASETS = {
     "lastfm": "LastFM.txt.gz",
     "ml1m": "ml-1m/ml-1m.txt.gz",
 }
+ATTRIBUTES = {  # of their items
+    "beauty": "Beauty_item2attributes.json.gz",
+    "sports": "Sports_and_Outdoors_item2attributes.json.gz",
+    "yelp": "Yelp_item2attributes.json.gz",
+    "lastfm": "LastFM_item2attributes.json.gz",
+    "ml1m": "ml-1m/movies.dat.gz",
+}
 
 
 def resolve(config_data: ConfigDict) -> tuple[Path, str]:

@@ -17,10 +17,7 @@ def synthetic_table(users: int, items: int, seed: int) -> list[np.ndarray]:
     item of the current cluster by popularity, or noise.
     """
     generator = np.random.default_rng(seed)
-    weight_V = 1 / np.arange(1, items + 1) ** 0.8
-    generator.shuffle(weight_V)
-    order_V = generator.permutation(items)
-    members = [part for part in np.array_split(order_V, min(CLUSTERS, items)) if len(part)]
+    weight_V, members = _catalogue(generator, items)
     shares = [np.cumsum(weight_V[part]) / weight_V[part].sum() for part in members]
     anywhere = np.cumsum(weight_V) / weight_V.sum()
     successors = np.zeros((items, SUCCESSORS), int)
@@ -28,6 +25,22 @@ def synthetic_table(users: int, items: int, seed: int) -> list[np.ndarray]:
         successors[part] = part[np.searchsorted(share, generator.random((len(part), SUCCESSORS)))]
     lengths_U = np.clip(5 + generator.geometric(0.18, users) - 1, 5, min(60, items))
     return [_history(generator, length, members, shares, anywhere, successors) for length in lengths_U]
+
+
+def synthetic_clusters(items: int, seed: int) -> np.ndarray:
+    """[items] the cluster of each item (1..items), counted from 0: what is to be known of an item."""
+    _, members = _catalogue(np.random.default_rng(seed), items)
+    cluster_V = np.zeros(items, int)
+    for cluster, part in enumerate(members):
+        cluster_V[part] = cluster
+    return cluster_V
+
+
+def _catalogue(generator, items) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(popularity of each item, the items of each cluster), items counted from 0."""
+    weight_V = 1 / np.arange(1, items + 1) ** 0.8
+    generator.shuffle(weight_V)
+    return weight_V, np.array_split(generator.permutation(items), min(CLUSTERS, items))
 
 
 def _history(generator, length, members, shares, anywhere, successors) -> np.ndarray:

@@ -40,6 +40,7 @@ FORMATS = {
 
 _MAX_ID = 1000  # characters; vocabularies are fixed-width arrays, one endless id would fill the memory
 _FRACTION = r"^[+-]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$|^[+-]?[0-9]+[eE][+-][0-9]+$"
+LIST = "\x1f"  # stands before each entry of a list column
 _NOT_UTF8 = "\x00\ufffd"  # stands for undecodable bytes until their row is rejected
 
 
@@ -71,7 +72,8 @@ def read_table(
     Args:
       form: a key of FORMATS.
       columns: the columns wanted and what each holds: `id` (opaque text, but no negative, fractional, infinite or
-        64-bit overflowing number), `index` (integer from 1), `number` (finite; becomes Int64 or Float64), `text`.
+        64-bit overflowing number), `index` (integer from 1), `number` (finite; becomes Int64 or Float64), `text`,
+        `list` (text that may be empty; a Parquet column of lists becomes text with LIST before each entry).
         Blanks around a value do not count. Format `lines` wants two columns, which it calls by these names.
       on_bad_row: error (UserError for the first bad row) | drop (counted in `rejections`).
       names: all columns of a file without header, instead of the format's own.
@@ -213,6 +215,9 @@ def _parquet(path: Path, columns: Mapping[str, str]) -> pl.DataFrame:
 def _cells(frame: pl.DataFrame, path: Path, columns: Mapping[str, str]) -> pl.DataFrame:
     """A typed frame as strings; times become their integer counts. `line` is the row number."""
     _demand(columns, frame.columns, path)
+    lists = [name for name, kind in columns.items() if kind == "list" and frame.schema[name].is_nested()]
+    text = {name: LIST + pl.col(name).cast(pl.List(pl.String)).list.join(LIST) for name in lists}
+    frame = frame.with_columns(**text)
     frame = frame.select(*columns).with_columns(pl.selectors.temporal().cast(pl.Int64)).cast(pl.String)
     raw = pl.concat_str(pl.all().fill_null(""), separator=", ")
     return frame.with_columns(raw=raw, reason=pl.lit(None, pl.String)).with_row_index("line", offset=1)
@@ -235,7 +240,7 @@ def _reason(text: str, bad: pl.Expr) -> pl.Expr:
 def _faults(column: str, kind: str) -> list[pl.Expr]:
     """What can be wrong with a value of this kind, the most basic fault first; each gives the reason or null."""
     value = pl.col(column)
-    faults = {f"empty {column}": value.is_null() | (value == "")}
+    faults = {f"empty {column}": value.is_null() | (value == "")} if kind != "list" else {}
     if kind == "number":
         number = value.cast(pl.Float64, strict=False)
         faults |= {f"{column} is not a number": number.is_null(), f"{column} is not finite": ~number.is_finite()}

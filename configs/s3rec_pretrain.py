@@ -1,0 +1,60 @@
+"""S3-Rec: Self-Supervised Learning for Sequential Recommendation with Mutual Information Maximization (CIKM 2020).
+
+The pretraining stage; configs/s3rec_finetune.py goes on from its workdir. The four objectives with the published
+weights, in the form of the published code (`s3rec.form=paper`: that of the paper's equations). Each history is read
+once an epoch; `paper` reads every prefix of it, as published. `mip`: masked items alone, CL4SRec's baseline S3-Rec MIP,
+which needs no attributes.
+
+Validation shows that masked items are recovered: it ranks the next item at a mask behind the history, with the map of
+masked item prediction (so it tells nothing under s3rec.mip=0). The run goes through all its epochs.
+
+    python -m seqrec_jax.main --config=configs/s3rec_pretrain.py
+    python -m seqrec_jax.main --config=configs/s3rec_pretrain.py:beauty --config.data.dir=DATA --workdir=PRETRAINED
+    python -m seqrec_jax.main --config=configs/s3rec_pretrain.py:own --config.data.path=ratings.csv \
+        --config.data.attributes=items.csv --config.data.attribute_columns=categories,brand
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def paper(config: ConfigDict) -> None:
+    """Section 5.1: batches of 200 (here prefixes) and 100 epochs; the published figures are of 100 or 150."""
+    config.train.update(targets="prefix", batch_size=200, max_epochs=100)
+
+
+def mip(config: ConfigDict) -> None:
+    """Masked item prediction alone."""
+    config.data.attributes = ""
+    config.s3rec.update(aap=0.0, map=0.0, sp=0.0)
+
+
+def embedded(config: ConfigDict) -> None:
+    """The embedded data: a small encoder, as in configs/cl4srec.py."""
+    config.encoder.update(dim=32, ffn=64, layers=1, embedding_dropout=0.2, hidden_dropout=0.2)
+    config.train.update(learning_rate=3e-3, max_epochs=40)
+
+
+def backbone(config: ConfigDict) -> None:
+    """What both stages share, by data set: long histories are cut in windows; dropout hurts on ml1m."""
+    if config.data.name in ("lastfm", "ml1m") and config.train.targets == "all":
+        config.train.targets = "windows"
+    if config.data.name == "ml1m":
+        config.encoder.update(embedding_dropout=0.1, hidden_dropout=0.1)
+
+
+VARIANTS = {"smoke": base.smoke, "paper": paper, "mip": mip}
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    config = base.get_config()
+    config.name = "s3rec_pretrain"
+    config.system = "s3rec"
+    config.data.attributes = "" if "own" in argument.split(",") else "included"
+    config.train.update(schedule="constant", max_epochs=150, patience=0)
+    if not argument:
+        embedded(config)
+    base.select(config, argument, VARIANTS)
+    backbone(config)
+    return config
