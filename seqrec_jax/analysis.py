@@ -144,7 +144,9 @@ class Analysis:
         alignment: of the same history under two dropout masks, at the run's own rates; target_alignment: of users with
         the same validation item. A figure without a pair to measure is left out.
         """
-        return _defined(_figures(system.states, params, self.compared, self.hparams, self.num_items, self.mesh))
+        encode = functools.partial(_encode, system.states, params, self.compared, self.mesh)
+        masked = [encode(jax.random.key(seed), self.hparams) for seed in (0, 1)]
+        return _defined(_figures(encode(), *masked, self.compared.target_N, params, self.num_items, self.mesh))
 
     def watch(self, system: System, params: dict) -> dict[str, float]:
         """mean_cosine of the watched users' states, and same_top10: the share of these users who get the most frequent
@@ -182,12 +184,17 @@ def make_sample(dataset: SequenceDataset, config: ConfigDict, size: int, mesh: M
         packed=config.train.packed,
         row_multiple=mesh.shape["data"],
     )
-    steps, items_A = jnp.arange(layout.steps), jnp.asarray(dataset.items_A)
-    batches = jax.vmap(batch_of, (None, None, None, 0))(items_A, layout, plan_epoch(layout, None), steps)
+    batches = _batches(jnp.asarray(dataset.items_A), layout)
     users = np.asarray(batches.users_U).reshape(-1)
     slot_N = np.flatnonzero(users >= 0)
     target_N = dataset.items_A[dataset.offsets_U1[users[slot_N] + 1] - held_out]
     return replicate(mesh, Sample(batches, slot_N, target_N))
+
+
+@jax.jit
+def _batches(items_A, layout):
+    plan = plan_epoch(layout, None)
+    return jax.vmap(batch_of, (None, None, None, 0))(items_A, layout, plan, jnp.arange(layout.steps))
 
 
 def arrays(params: dict, dataset: SequenceDataset, mesh: Mesh) -> dict[str, np.ndarray]:
@@ -204,6 +211,7 @@ def _defined(figures) -> dict[str, float]:
     return {name: float(value) for name, value in jax.device_get(figures).items() if not np.isnan(value)}
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
 def _encode(states, params, sample, mesh, *dropout):
     """[N, D] states of the sample; `dropout`: (key, hparams)."""
 
@@ -222,14 +230,12 @@ def _table(params, num_items, mesh):
     return replicated(mesh, (spectrum(items_VxD), project(items_VxD)))
 
 
-@functools.partial(jax.jit, static_argnames=("states", "num_items", "mesh"))
-def _figures(states, params, sample, hparams, num_items, mesh):
-    plain_NxD = _encode(states, params, sample, mesh)
-    masked = [_encode(states, params, sample, mesh, jax.random.key(seed), hparams) for seed in (0, 1)]
+@functools.partial(jax.jit, static_argnames=("num_items", "mesh"))
+def _figures(plain_NxD, masked_NxD, masked_again_NxD, target_N, params, num_items, mesh):
     items_VxD = _items(params, num_items)
     figures = {
-        "alignment": alignment(*masked),
-        "target_alignment": target_alignment(plain_NxD, sample.target_N),
+        "alignment": alignment(masked_NxD, masked_again_NxD),
+        "target_alignment": target_alignment(plain_NxD, target_N),
         "uniformity": uniformity(plain_NxD),
         "item_cosine": mean_cosine(items_VxD),
         "effective_rank": effective_rank(spectrum(items_VxD)),
