@@ -9,7 +9,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 P = PartitionSpec
 SAFE = 40.0  # logits within ±SAFE may be shifted by that bound instead of their maximum: nothing underflows
-MANY_COLUMNS = 2**16  # above this, one row of logits is large: tiles of columns with a running log-sum-exp
+MANY_COLUMNS = 2**17  # above this, one row of logits is large: tiles of columns with a running log-sum-exp
 TILE_COLUMNS = 2**11
 
 
