@@ -15,8 +15,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.name = "base"  # names the default workdir
     config.system = "sasrec"  # pop | sasrec | sasrec_aug | cl4srec | duorec | s3rec (pretraining)
     config.seed = 0  # every random stream of the run
-    # Whose parameters this run starts from: a workdir's best checkpoint (RUN or RUN@best) or another one (RUN@last,
-    # RUN@STEP, RUN@epochN, or the checkpoint's folder); "" = from scratch
+    # Whose parameters this run starts from: a workdir's best checkpoint (RUN; of a pretraining run the last) or another
+    # one (RUN@best, RUN@last, RUN@STEP, RUN@epochN, or the checkpoint's folder); "" = from scratch
     config.init_from = ""
 
     config.data = data = ConfigDict()

@@ -1,16 +1,16 @@
 """S3-Rec (Zhou et al., CIKM 2020), the finetuning stage: SASRec from the parameters of configs/s3rec_pretrain.py.
 
 Binary cross-entropy with one negative a position, constant learning rate, patience 10, as published. config.init_from
-has to name the pretraining run's last checkpoint (PRETRAINED@last), else the run ends with an error; configs/sasrec.py
+has to name the pretraining run, whose last checkpoint it takes, else the run ends with an error; configs/sasrec.py
 trains from scratch. Encoder and data set have to be those of the pretraining run.
 
 The published figures, HR@10 / NDCG@10: with 99 negatives (protocol C) Beauty 0.5506 / 0.3732, LastFM 0.5835 / 0.3583;
 all items, history hidden (A) Beauty 0.0647 / 0.0327, LastFM 0.0743 / 0.0427. Not measured here yet.
 
     python -m seqrec_jax.main --config=configs/s3rec_finetune.py:beauty --config.data.dir=DATA \
-        --config.init_from=PRETRAINED@last --config.eval.protocol=A
+        --config.init_from=PRETRAINED --config.eval.protocol=A
     python -m seqrec_jax.main --config=configs/s3rec_finetune.py:lastfm --config.data.dir=DATA \
-        --config.init_from=PRETRAINED@last --config.eval.protocol=C --config.eval.negatives=DATA/LastFM_sample.txt.gz
+        --config.init_from=PRETRAINED --config.eval.protocol=C --config.eval.negatives=DATA/LastFM_sample.txt.gz
 """
 
 from ml_collections import ConfigDict

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from seqrec_jax import checkpoint
 from seqrec_jax import config as configuration
 from seqrec_jax.errors import UserError
+from seqrec_jax.validate import PRETRAINING
 
 # Settings of an encoder that its parameters' shapes do not show, but that change what it makes of them.
 UNSEEN = ("heads", "activation", "norm", "scale_embedding", "positions")
@@ -61,8 +62,11 @@ def matching_rows(item_ids: list[str], old_ids: list[str]) -> tuple[np.ndarray, 
 
 
 def _find(init_from: str) -> tuple[checkpoint.Store, int, dict]:
-    """(store, step, meta) of RUN, RUN@NAME or RUN/checkpoints/STEP; a folder that is called so comes first."""
-    path, name = Path(init_from).expanduser(), "best"
+    """(store, step, meta) of RUN, RUN@NAME or RUN/checkpoints/STEP; a folder that is called so comes first.
+
+    RUN alone: its best checkpoint, of a pretraining run the last, because its validation is not what it is for.
+    """
+    path, name = Path(init_from).expanduser(), ""
     if not path.is_dir() and "@" in init_from:
         folder, _, name = init_from.rpartition("@")
         path = Path(folder).expanduser()
@@ -70,7 +74,9 @@ def _find(init_from: str) -> tuple[checkpoint.Store, int, dict]:
         raise UserError(f"{path}: no such workdir or checkpoint (config.init_from); nothing was started from scratch")
     if path.parent.name == "checkpoints" and path.name.isdigit():
         path, name = path.parent.parent, path.name
-    return checkpoint.find(path, name)
+    last = checkpoint.find(path, name or "last")
+    pretrained = last[2]["config"]["system"] in PRETRAINING
+    return last if name or pretrained else checkpoint.find(path, "best")
 
 
 def _check_shapes(params: dict, old: dict, init_from: str) -> None:

@@ -101,6 +101,11 @@ def test_a_folder_may_be_called_like_a_checkpoint(parent, child, make, tmp_path)
     assert moved(child, make, f"{tmp_path}/run@last@epoch1")[1]["step"] == 4
 
 
+def test_a_pretraining_run_hands_on_its_last_checkpoint(parent, child, make, monkeypatch):
+    monkeypatch.setattr("seqrec_jax.transfer.PRETRAINING", ("sasrec",))
+    assert [moved(child, make, f"{parent}{name}")[1]["step"] for name in ("", "@best")] == [12, 8]
+
+
 def test_what_is_not_there_is_an_error(parent, child, make, tmp_path):
     (tmp_path / "run").mkdir()
     for init_from, said in {
