@@ -152,6 +152,7 @@ def select(config: ConfigDict, argument: str, variants: dict) -> ConfigDict:
     for word in sorted(words, key=lambda word: word not in DATASETS):  # variants may look at the data set
         if word in DATASETS:
             config.data.name = word
+            long_histories(config)
         elif word == "own":  # a file of the user's own, named by data.path: the recipe for real data
             continue
         elif word in variants:
@@ -160,6 +161,20 @@ def select(config: ConfigDict, argument: str, variants: dict) -> ConfigDict:
             known = ", ".join([*DATASETS, *variants])
             raise ValueError(f"'{word}' after the colon is no data set and no variant of {config.name}; known: {known}")
     return config
+
+
+def long_histories(config: ConfigDict) -> None:
+    """Where most targets are older than max_length, windows keep them; on ml1m the dropout of sparse data hurts."""
+    if config.data.name in ("lastfm", "ml1m"):
+        config.train.targets = "windows"
+    if config.data.name == "ml1m":
+        config.encoder.update(embedding_dropout=0.1, hidden_dropout=0.1)
+
+
+def embedded_encoder(config: ConfigDict) -> None:
+    """For the embedded data: a small encoder that learns in a minute."""
+    config.encoder.update(dim=32, ffn=64, layers=1, embedding_dropout=0.2, hidden_dropout=0.2)
+    config.train.learning_rate = 3e-3
 
 
 def smoke(config: ConfigDict) -> None:

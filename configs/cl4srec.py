@@ -26,17 +26,16 @@ def paper(config: ConfigDict) -> None:
     config.contrastive.update(similarity="cosine", temperature=0.2, weight=0.01)
     # One operator for both views: crop is the best on Yelp, mask on Sports (Table 3); elsewhere it is not printed.
     config.augment.update(choice="fixed", operators=("crop",) if config.data.name == "yelp" else ("mask",), mask=0.5)
-    if config.data.name == "ml1m":  # most histories are longer than 20: without windows most targets would be lost
-        config.encoder.update(max_length=20, embedding_dropout=0.1, hidden_dropout=0.1)
-        config.train.targets = "windows"
+    if config.data.name == "ml1m":
+        config.encoder.max_length = 20
 
 
 def embedded(config: ConfigDict) -> None:
     """The embedded data, in a minute: a small encoder, and few negatives, where the contrast has most to add."""
-    config.encoder.update(dim=32, ffn=64, layers=1, embedding_dropout=0.2, hidden_dropout=0.2)
+    base.embedded_encoder(config)
     config.loss.update(next_item="sampled", negatives=8)
     config.contrastive.weight = 0.1
-    config.train.update(learning_rate=3e-3, schedule="constant", patience=5)
+    config.train.update(schedule="constant", patience=5)
 
 
 VARIANTS = {"smoke": base.smoke, "paper": paper}

@@ -29,9 +29,9 @@ def paper(config: ConfigDict) -> None:
 
 
 def embedded(config: ConfigDict) -> None:
-    """The embedded data: a small encoder, as in configs/cl4srec.py."""
-    config.encoder.update(dim=32, ffn=64, layers=1, embedding_dropout=0.2, hidden_dropout=0.2)
-    config.train.update(learning_rate=3e-3, schedule="constant", patience=5)
+    """The embedded data, as in configs/cl4srec.py."""
+    base.embedded_encoder(config)
+    config.train.update(schedule="constant", patience=5)
 
 
 VARIANTS = {"smoke": base.smoke, "paper": paper}
@@ -45,8 +45,4 @@ def get_config(argument: str = "") -> ConfigDict:
     config.contrastive.update(similarity="cosine", temperature=1.0, weight=0.1)
     if not argument:
         embedded(config)
-    base.select(config, argument, VARIANTS)
-    if config.data.name == "ml1m":  # dropout hurts here (Figure 6); without windows most targets would be lost
-        config.encoder.update(embedding_dropout=0.1, hidden_dropout=0.1)
-        config.train.targets = "windows"
-    return config
+    return base.select(config, argument, VARIANTS)

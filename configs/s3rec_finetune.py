@@ -16,7 +16,7 @@ all items, history hidden (A) Beauty 0.0647 / 0.0327, LastFM 0.0743 / 0.0427. No
 from ml_collections import ConfigDict
 
 from configs import base
-from configs.s3rec_pretrain import backbone, embedded
+from configs.s3rec_pretrain import embedded
 
 VARIANTS = {"smoke": base.smoke}
 
@@ -30,6 +30,4 @@ def get_config(argument: str = "") -> ConfigDict:
     config.train.update(schedule="constant", max_epochs=200, patience=10)
     if not argument:
         embedded(config)
-    base.select(config, argument, VARIANTS)
-    backbone(config)
-    return config
+    return base.select(config, argument, VARIANTS)

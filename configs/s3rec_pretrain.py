@@ -32,16 +32,8 @@ def mip(config: ConfigDict) -> None:
 
 def embedded(config: ConfigDict) -> None:
     """The embedded data: a small encoder, as in configs/cl4srec.py."""
-    config.encoder.update(dim=32, ffn=64, layers=1, embedding_dropout=0.2, hidden_dropout=0.2)
-    config.train.update(learning_rate=3e-3, max_epochs=40)
-
-
-def backbone(config: ConfigDict) -> None:
-    """What both stages share, by data set: long histories are cut in windows; dropout hurts on ml1m."""
-    if config.data.name in ("lastfm", "ml1m") and config.train.targets == "all":
-        config.train.targets = "windows"
-    if config.data.name == "ml1m":
-        config.encoder.update(embedding_dropout=0.1, hidden_dropout=0.1)
+    base.embedded_encoder(config)
+    config.train.max_epochs = 40
 
 
 VARIANTS = {"smoke": base.smoke, "paper": paper, "mip": mip}
@@ -55,6 +47,4 @@ def get_config(argument: str = "") -> ConfigDict:
     config.train.update(schedule="constant", max_epochs=150, patience=0)
     if not argument:
         embedded(config)
-    base.select(config, argument, VARIANTS)
-    backbone(config)
-    return config
+    return base.select(config, argument, VARIANTS)

@@ -25,10 +25,12 @@ def fast(config: ConfigDict) -> None:
 
 
 def paper(config: ConfigDict) -> None:
-    """The original: its encoder, one uniform negative a position; on ml1m 200 items of history and less dropout."""
+    """The original: its encoder, the last max_length targets of each user with one uniform negative; on ml1m 200 items
+    of history and less dropout.
+    """
     base.original_backbone(config)
     config.loss.next_item = "bce"
-    config.train.update(batch_size=128, beta2=0.98, schedule="constant", max_epochs=200)
+    config.train.update(targets="all", batch_size=128, beta2=0.98, schedule="constant", max_epochs=200)
     if config.data.name == "ml1m":
         config.encoder.update(max_length=200, embedding_dropout=0.2, hidden_dropout=0.2)
 
