@@ -11,15 +11,14 @@ from ml_collections import ConfigDict
 
 from benchmarks.machine import timed
 from seqrec_jax import systems
-from seqrec_jax.augment import augment_all, draw_operators
-from seqrec_jax.data.batches import batch_of, epoch_key, histories_of, place, plan_epoch
+from seqrec_jax.data.batches import batch_of, epoch_key, plan_epoch
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.encoders import transformer
 from seqrec_jax.evaluate import make_evaluator
 from seqrec_jax.losses.next_item import full_softmax
 from seqrec_jax.run import train_layout
 from seqrec_jax.sharding import make_mesh, replicate
-from seqrec_jax.systems import hparams_of
+from seqrec_jax.systems import cl4srec, hparams_of
 from seqrec_jax.train_step import init_state, make_train_steps
 
 REPEATS = 8  # of short work, in one measurement
@@ -76,13 +75,7 @@ def two_views(config: ConfigDict, dataset: SequenceDataset) -> Callable[[], floa
 
     @jax.jit
     def views(key, batch):
-        key_operators, *keys = jax.random.split(key, 3)
-        items_UxL, length_U = histories_of(items_A, batch)
-        operators = draw_operators(key_operators, len(length_U), config.augment.operators, config.augment.choice)
-        return [
-            place(*augment_all(key, items_UxL, length_U, operator_U, hparams, mask_item), batch, layout.positions)
-            for key, operator_U in zip(keys, operators, strict=True)
-        ]
+        return cl4srec.two_views(key, batch, items_A, config, hparams, mask_item)
 
     key = jax.random.key(0)
     return lambda: timed(lambda: views(key, batch), REPEATS)

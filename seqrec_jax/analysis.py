@@ -25,6 +25,7 @@ from seqrec_jax.data.batches import (
 )
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.evaluate import BLOCK_SCORES, HELD_OUT
+from seqrec_jax.losses.contrastive import unit
 from seqrec_jax.sharding import replicate, replicated, split_rows
 from seqrec_jax.systems import System, hparams_of
 
@@ -37,11 +38,6 @@ FEW = 100  # with fewer users or items, equal lists are no sign of a collapse
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
-
-
-def unit(x_NxD: jax.Array) -> jax.Array:
-    """Rows of length 1; a row of zeros stays."""
-    return x_NxD / jnp.maximum(jnp.linalg.norm(x_NxD, axis=-1, keepdims=True), 1e-12)
 
 
 def alignment(x_NxD: jax.Array, y_NxD: jax.Array) -> jax.Array:

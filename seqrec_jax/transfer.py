@@ -71,7 +71,10 @@ def _find(init_from: str) -> tuple[checkpoint.Store, int, dict]:
         folder, _, name = init_from.rpartition("@")
         path = Path(folder).expanduser()
     if not path.is_dir():
-        raise UserError(f"{path}: no such workdir or checkpoint (config.init_from); nothing was started from scratch")
+        raise UserError(
+            f"{path}: no such workdir or checkpoint (config.init_from); nothing was started from scratch. Set "
+            "--config.init_from=RUN, the workdir of the run to start from"
+        )
     if path.parent.name == "checkpoints" and path.name.isdigit():
         path, name = path.parent.parent, path.name
     last = checkpoint.find(path, name or "last")

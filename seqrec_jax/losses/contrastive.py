@@ -32,7 +32,7 @@ def info_nce(
     """
     states_2UxD, others_2UxD = jnp.concatenate([a_UxD, b_UxD]), jnp.concatenate([b_UxD, a_UxD])
     if similarity == "cosine":
-        states_2UxD, others_2UxD = _unit(states_2UxD), _unit(others_2UxD)
+        states_2UxD, others_2UxD = unit(states_2UxD), unit(others_2UxD)
     ids_U = jnp.arange(1, len(valid_U) + 1) if targets_U is None else targets_U
     ids_2U = jnp.tile(jnp.where(valid_U, ids_U, 0), 2)
     fill = -len(ids_2U) % math.lcm(mesh.shape["data"], mesh.shape["model"])
@@ -45,5 +45,6 @@ def info_nce(
     return 2 * mean if directions == "summed" else mean
 
 
-def _unit(x_NxD):
+def unit(x_NxD: jax.Array) -> jax.Array:
+    """Rows of length 1; a row of zeros stays, with finite gradients."""
     return x_NxD / jnp.sqrt((x_NxD**2).sum(axis=1, keepdims=True) + 1e-12)

@@ -16,7 +16,7 @@ from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
 from seqrec_jax.data.dataset import SequenceDataset
-from seqrec_jax.losses.softmax import chunk_rows
+from seqrec_jax.losses.softmax import chunk_rows, real_first
 
 P = PartitionSpec
 
@@ -117,9 +117,7 @@ def _walk(terms, x_NxD, table_AxD, items_N, attributes):
     """One device's places: (sum, d x, d table)."""
     rows, count = len(items_N), (items_N > 0).sum()
     chunk = min(chunk_rows(len(table_AxD)), rows)
-    # Those that count first. Filled up to whole chunks, because dynamic_slice would clamp a last partial one.
-    order = jnp.argsort(items_N == 0, stable=True)
-    order = jnp.concatenate([order, jnp.full(-rows % chunk, rows, order.dtype)])
+    order = real_first(items_N > 0, chunk)
 
     def add_chunk(index, sums):
         total, d_x, d_table = sums

@@ -50,6 +50,14 @@ def chunk_rows(columns: int) -> int:
     return int(np.clip(logits // min(columns, TILE_COLUMNS if columns > MANY_COLUMNS else columns), 8, 8192))
 
 
+def real_first(real_N: jax.Array, chunk: int) -> jax.Array:
+    """Places of the real rows, then of the others; then N (no row) up to whole chunks, because dynamic_slice would
+    clamp a last partial one.
+    """
+    order = jnp.argsort(~real_N, stable=True)
+    return jnp.concatenate([order, jnp.full(-len(real_N) % chunk, len(real_N), order.dtype)])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _sums(mesh, specs, chunk, *arrays):
     return _forward(mesh, specs, chunk, *arrays)[0]
@@ -80,9 +88,7 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
     chunk = min(chunk, rows)
     real_N = targets_N > 0
     count = real_N.sum()
-    # Real rows first. Filled up to whole chunks, because dynamic_slice would clamp a last partial one.
-    order = jnp.argsort(~real_N, stable=True)
-    order = jnp.concatenate([order, jnp.full(-rows % chunk, rows, order.dtype)])
+    order = real_first(real_N, chunk)
     longest = jax.lax.pmax(jnp.sqrt((columns_CxD**2).sum(axis=1).max()), "model")
     highest_bias = jax.lax.pmax(column_bias_C.max(), "model")
     exponentials = _tiled if columns_CxD.shape[0] > MANY_COLUMNS else _whole

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from seqrec_jax import encoders
 from seqrec_jax.augment import augment_all, draw_operators
-from seqrec_jax.data.batches import histories_of, place
+from seqrec_jax.data.batches import Batch, histories_of, place
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.losses.contrastive import info_nce
 from seqrec_jax.losses.next_item import next_item_loss
@@ -19,7 +19,7 @@ from seqrec_jax.systems.system import System
 def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
     """SASRec (Section 3.4) with the multi-task loss of Section 3.5."""
     encoder, num_items = FrozenConfigDict(config.encoder), len(dataset.item_ids)
-    mask_item, positions = num_items + 1, config.encoder.positions
+    mask_item = num_items + 1
 
     def loss(params, state, batch, key, hparams, data):
         key_next, key_negatives, key_views, key_a, key_b = jax.random.split(key, 5)
@@ -31,7 +31,7 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
             key_negatives, encode(batch, key_next), batch, params["items"], data["negatives"],
             config.loss, num_items, mesh,
         )  # fmt: skip
-        view_a, view_b = two_views(key_views, batch, data["items_A"], hparams)  # Section 3.3
+        view_a, view_b = two_views(key_views, batch, data["items_A"], config, hparams, mask_item)  # Section 3.3
         users_a_UxD = encoders.last_states(encode(view_a, key_a), view_a)  # Section 3.2.2
         users_b_UxD = encoders.last_states(encode(view_b, key_b), view_b)
         contrast = info_nce(  # Eq. 2
@@ -40,14 +40,16 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
         total = next_item + hparams["contrast_weight"] * contrast  # Eq. 14
         return total, (state, {"next_item": next_item, "contrast": contrast})
 
-    def two_views(key, batch, items_A, hparams):
-        """Each history twice, each time through an operator drawn for it."""
-        key_operators, key_a, key_b = jax.random.split(key, 3)
-        items_UxL, length_U = histories_of(items_A, batch)
-        operators = draw_operators(key_operators, len(length_U), config.augment.operators, config.augment.choice)
-        return tuple(
-            place(*augment_all(key_view, items_UxL, length_U, operator_U, hparams, mask_item), batch, positions)
-            for key_view, operator_U in zip((key_a, key_b), operators, strict=True)
-        )
-
     return dataclasses.replace(sasrec.build(config, dataset, mesh), loss=loss)
+
+
+def two_views(key: jax.Array, batch: Batch, items_A: jax.Array, config: ConfigDict, hparams: dict, mask_item: int):
+    """Each history twice, each time through an operator drawn for it: two batches."""
+    key_operators, key_a, key_b = jax.random.split(key, 3)
+    items_UxL, length_U = histories_of(items_A, batch)
+    operators = draw_operators(key_operators, len(length_U), config.augment.operators, config.augment.choice)
+    return tuple(
+        place(*augment_all(key_view, items_UxL, length_U, operator_U, hparams, mask_item), batch,
+              config.encoder.positions)
+        for key_view, operator_U in zip((key_a, key_b), operators, strict=True)
+    )  # fmt: skip
