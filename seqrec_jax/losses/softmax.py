@@ -46,7 +46,7 @@ def softmax_loss(
 
 def chunk_rows(columns: int) -> int:
     """Rows walked at once: a tile of logits that stays in cache on a CPU and fills an accelerator."""
-    logits = 3 * 2**20 if jax.default_backend() == "cpu" else 2**27
+    logits = 5 * 2**19 if jax.default_backend() == "cpu" else 2**27
     return int(np.clip(logits // min(columns, TILE_COLUMNS if columns > MANY_COLUMNS else columns), 8, 8192))
 
 
@@ -138,13 +138,17 @@ def _whole(logits, columns_CxD, bound_M, least_M):
     """All columns at once: shift [M], and over all devices the sum of e = exp(logits − shift) and of e @ columns; and
     how to add shares.T @ e to d columns [D, C].
     """
-    logits_MxC = logits(0, columns_CxD.shape[0])
-    top_M = jax.lax.cond(  # the bound saves a pass over the logits
-        bound_M.max() < SAFE,
-        lambda: bound_M,
-        lambda: jax.lax.pmax(jnp.maximum(logits_MxC.max(axis=1), least_M), "model"),
-    )
-    exp_MxC = jnp.exp(logits_MxC - top_M[:, None])
+
+    def by_bound():
+        return bound_M, jnp.exp(logits(0, columns_CxD.shape[0]) - bound_M[:, None])
+
+    def by_maximum():
+        logits_MxC = logits(0, columns_CxD.shape[0])
+        top_M = jax.lax.pmax(jnp.maximum(logits_MxC.max(axis=1), least_M), "model")
+        return top_M, jnp.exp(logits_MxC - top_M[:, None])
+
+    # The bound saves a pass over the logits. The product is in both branches, so that it and the exponentials fuse.
+    top_M, exp_MxC = jax.lax.cond(bound_M.max() < SAFE, by_bound, by_maximum)
     sum_M, pull_MxD = jax.lax.psum((exp_MxC.sum(axis=1), exp_MxC @ columns_CxD), "model")
     return top_M, sum_M, pull_MxD, lambda d_columns_DxC, shares_DxM: d_columns_DxC + shares_DxM @ exp_MxC
 
