@@ -258,4 +258,4 @@ def test_runs_with_and_without_a_parent_are_on_one_page(parent, train_in, tmp_pa
     assert first[0]["loss"] != first[1]["loss"]
     assert main(["--mode=report", f"--workdirs={tuned},{scratch}", f"--out={tmp_path / 'page.html'}"]) == 0
     page = (tmp_path / "page.html").read_text()
-    assert str(tuned) in page and str(scratch) in page and "next-item loss and validation" in page
+    assert str(tuned) in page and str(scratch) in page and "next-item loss and validation ndcg@10" in page
