@@ -50,7 +50,8 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
         hidden_RxLxD = encoders.encode(params, asked, encoder, key, hparams, causal=causal(encoder))
         return mim.project(encoders.last_states(hidden_RxLxD, asked), params["maps"]["mip"])
 
-    system = System(functools.partial(init, config=config, dataset=dataset), states)
+    # A mask is much the same behind every history until late, and its state is not what finetuning takes: no collapse.
+    system = System(functools.partial(init, config=config, dataset=dataset), states, judged=False)
     if not len(dataset.items_A):  # a vocabulary alone, to recommend
         return system
     check(used, dataset)
