@@ -107,10 +107,11 @@ def measure(sizes: Sizes, path: str, folder: Path) -> dict:
 
     examples, items = train_examples(dataset, "all", plain.encoder.max_length), len(dataset.item_ids)
     steps = -(-len(examples.user_E) // sizes.batch)
-    for name, (source, count) in per_unit(configs["s3rec"], dataset, sizes).items():
+    counts = per_unit(configs["s3rec"], dataset, sizes)
+    for name, (source, count) in counts.items():
         seconds[name] = [value / count for value in seconds[source]]
     facts = {
-        "targets": int(examples.length_E.sum()) / steps,
+        "targets": counts["prefix.ours_target_us"][1],
         "users": int((np.diff(dataset.offsets_U1) >= 3).sum()),
         "step_flops": flops.step_flops(examples.length_E, steps, plain.encoder, items),
         "loss_flops": flops.loss_flops(int((batches["packed"][0]["targets"] > 0).sum()), plain.encoder.dim, items),
@@ -151,8 +152,9 @@ def peer_batches(
 def per_unit(pretraining: ConfigDict, dataset: SequenceDataset, sizes: Sizes) -> dict[str, tuple[str, float]]:
     """{figure: (the step it is of, how many units that step has)}: what unlike steps have in common.
 
-    Of next-item training: a target. Of pretraining: a sequence with its masks and its segment (theirs is a prefix, ours
-    a whole history), a masked item, and an epoch, which reads a history once a prefix there and once here.
+    Of next-item training: a target (of DuoRec's, 256 a step are contrasted: all of theirs, a share of ours). Of
+    pretraining: a sequence with its masks and segment (theirs is a prefix, ours a whole history), a masked item, and an
+    epoch, which reads a history once a prefix there and once here.
     """
     width, probability, found = pretraining.encoder.max_length, pretraining.s3rec.mask, {}
     length_E = train_examples(dataset, "all", width).length_E
