@@ -21,8 +21,6 @@ RATIOS = {  # a row: (the row it is compared with, the name in bench.json)
     "s3rec.torch_epoch_s": ("s3rec.ours_epoch_s", "epoch_ratio"),
     "evaluate.torch_ms": ("evaluate.ours_ms", "torch_ratio"),
 }
-
-
 RATES = (  # section, time of a unit, its name in bench.json
     ("duorec", "target_us", "targets_per_s"),
     ("s3rec", "sequence_us", "sequences_per_s"),

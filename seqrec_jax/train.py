@@ -143,7 +143,7 @@ def train(
             if unread:  # while the next steps are computed
                 read(unread)
             unread, step = (sums, step, until), until
-    if system.judged and progress.collapsed is None:
+    if system.judged != "never" and progress.collapsed is None:
         _judge(analysis, progress, progress.best_step, progress.best_watch)
     return state, progress, parent
 
@@ -198,7 +198,7 @@ def _validate(config, validate, analysis, system, state, progress, epoch, lines,
         progress.best_watch = seen
     else:
         progress.waiting += 1
-    if system.judged and epoch >= JUDGED_FROM:
+    if system.judged == "always" and epoch >= JUDGED_FROM:
         _judge(analysis, progress, step, seen)
     if config.report.analysis:
         seen = seen | analysis.figures(system, state.params)
@@ -212,7 +212,8 @@ def _judge(analysis, progress, step, seen) -> None:
     if found and not before:
         log.warning(
             "COLLAPSED: at step %d the model says the same of everybody: mean cosine of user states %.4f, the same "
-            "top 10 for %.0f%% of users. Try another config.train.learning_rate or config.contrastive.weight",
+            "top 10 for %.0f%% of users. Try more epochs, another config.train.learning_rate or "
+            "config.contrastive.weight",
             step,
             seen["mean_cosine"],
             100 * seen["same_top10"],

@@ -316,11 +316,13 @@ def test_shorter_run_is_judged_by_its_best_checkpoint(constant, cache, tmp_path,
     assert sum("COLLAPSED" in message for message in warnings_of(caplog)) == 1
 
 
-def test_a_system_whose_states_may_be_alike_is_not_judged(constant, cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize("judged", ["end", "never"])
+def test_states_that_begin_alike_are_judged_at_the_end_or_never(constant, cache, tmp_path, monkeypatch, judged):
     build = systems.build
-    monkeypatch.setattr(systems, "build", lambda *arguments: dataclasses.replace(build(*arguments), judged=False))
+    monkeypatch.setattr(systems, "build", lambda *arguments: dataclasses.replace(build(*arguments), judged=judged))
     results = results_of(cache, tmp_path, train__max_epochs=4)
-    assert results["collapsed"] is None and results["analysis"]["same_top10"] == 1
+    assert results["analysis"]["same_top10"] == 1
+    assert (results["collapsed"] or {}).get("step") == (results["best_step"] if judged == "end" else None)
 
 
 def test_normal_run_gives_no_alarm_and_leaves_its_figures(cache, tmp_path):
