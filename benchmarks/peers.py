@@ -1,10 +1,11 @@
-"""The same model, training step and evaluation in plain PyTorch, and the child process that times them.
+"""The same model, training steps and evaluation in plain PyTorch, and the child process that times them.
 
-The batches come ready made, so that gathering them costs the peer nothing (ours pays for it in every step). The model
-is that of configs/sasrec.py: post-norm, GELU, dropout, output tied to the item table, Adam. Items are numbered from 0,
-padding takes any item: no real cell sees it.
+The batches come ready made, so that gathering them, and drawing views and negatives, costs the peer nothing (ours pays
+for it in every step). The model is that of configs/sasrec.py: post-norm, GELU, dropout, output tied to the item table,
+Adam. Items are numbered from 0, padding takes any item: no real cell sees it.
 """
 
+import functools
 import itertools
 import math
 import time
@@ -18,6 +19,8 @@ from torch import nn
 
 NONE = -100  # the target of a cell that has none
 CUTOFF = 10
+CONTRAST_WEIGHT = 0.1  # of DuoRec's published step
+S3REC_WEIGHTS = {"aap": 0.2, "mip": 1.0, "map": 1.0, "sp": 0.5}  # published
 
 
 class Block(nn.Module):
@@ -58,21 +61,37 @@ class Sasrec(nn.Module):
             if isinstance(part, nn.Linear):
                 nn.init.zeros_(part.bias)
 
-    def forward(self, batch):
+    def forward(self, batch, causal=True):
         """→ states [R, L, D]"""
         segments = batch["segments"]
-        visible = (segments[:, :, None] == segments[:, None, :]).tril()[:, None]
+        visible = (segments[:, :, None] == segments[:, None, :])[:, None]
+        visible = visible.tril() if causal else visible
         x = self.dropout(self.norm_input(self.items(batch["items"]) + self.positions(batch["positions"])))
         for block in self.blocks:
             x = block(x, visible)
         return x
 
 
+class S3rec(nn.Module):
+    """A bidirectional encoder with a map for each objective; the item table has one row more, for the mask."""
+
+    def __init__(self, encoder: dict, multi_hot: np.ndarray):
+        super().__init__()
+        items, attributes = multi_hot.shape
+        self.encoder = Sasrec(encoder, items + 1)
+        self.attributes = nn.Embedding(attributes, encoder["dim"])
+        nn.init.normal_(self.attributes.weight, std=encoder["init_scale"])
+        self.maps = nn.ModuleDict({name: nn.Linear(encoder["dim"], encoder["dim"]) for name in S3REC_WEIGHTS})
+        self.register_buffer("multi_hot", torch.from_numpy(multi_hot).float())
+
+
 def tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     """A batch of benchmarks/data.py with items counted from 0 and NONE for no target."""
     ready = {name: torch.from_numpy(np.asarray(array, np.int64)) for name, array in batch.items()}
-    for name in {"items", "target", "hidden_item"} & ready.keys():
+    for name in {"items", "target", "hidden_item", "known", "negatives"} & ready.keys():
         ready[name] = (ready[name] - 1).clamp(min=0)
+    for name in {"masked", "segmented"} & ready.keys():
+        ready[name] = ready[name] > 0
     ready["targets"] = torch.where(ready["targets"] > 0, ready["targets"] - 1, NONE)
     return ready
 
@@ -86,10 +105,56 @@ def next_item_loss(model: Sasrec, batch: dict, everywhere: bool = False) -> torc
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=NONE)
 
 
-def train_step(model: Sasrec, optimizer: torch.optim.Optimizer, batch: dict, everywhere: bool = False) -> None:
-    """One step of Adam on `next_item_loss`."""
+def duorec_loss(model: Sasrec, prefixes: dict, same_target: dict) -> torch.Tensor:
+    """DuoRec's published step: three encodings of padded rows with one target each, at their last places: next items,
+    the same again under other dropout masks, and the prefixes with the same targets; the last two are contrasted.
+    """
+    targets = prefixes["targets"]
+    states, again, other = (model(batch)[batch["targets"] != NONE] for batch in (prefixes, prefixes, same_target))
+    next_item = F.cross_entropy(states @ model.items.weight.T, targets[targets != NONE])
+    return next_item + CONTRAST_WEIGHT * info_nce(again, other)
+
+
+def info_nce(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Each of the 2B states against the other view of its example, among all but itself; dot products, as published."""
+    states, count = torch.cat([one, other]), len(one)
+    similarity = (states @ states.T).fill_diagonal_(-math.inf)
+    return F.cross_entropy(similarity, torch.arange(2 * count).roll(count))
+
+
+def s3rec_loss(model: S3rec, batch: dict) -> torch.Tensor:
+    """S3-Rec's published pretraining step: four bidirectional encodings, and the weighted sums of the objectives. Like
+    ours, and unlike the published one, it computes attributes at real cells alone.
+    """
+    views = (model.encoder(batch | {"items": items}, causal=False) for items in batch["items"])
+    cloze, context, segment, corrupted = views
+    masked, items = batch["masked"], model.encoder.items.weight
+
+    def attributes(name, cells):
+        logits = model.maps[name](cloze[cells]) @ model.attributes.weight.T
+        wanted = model.multi_hot[batch["known"][cells]]
+        return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
+
+    def pairs(state, positive, negative):
+        positive, negative = ((state * other).sum(1).sigmoid() for other in (positive, negative))
+        return -F.logsigmoid(positive - negative).sum()
+
+    known, negatives = (items[batch[name][masked]] for name in ("known", "negatives"))
+    last = batch["last"][batch["segmented"]]
+    ends = [states.flatten(0, 1)[last] for states in (context, segment, corrupted)]
+    terms = {
+        "aap": attributes("aap", (batch["segments"] > 0) & ~masked),
+        "mip": pairs(model.maps["mip"](cloze[masked]), known, negatives),
+        "map": attributes("map", masked),
+        "sp": pairs(model.maps["sp"](ends[0]), *ends[1:]),
+    }
+    return sum(weight * terms[name] for name, weight in S3REC_WEIGHTS.items())
+
+
+def train_step(optimizer: torch.optim.Optimizer, loss: Callable[..., torch.Tensor], *arguments) -> None:
+    """One step of Adam on `loss` of `arguments`."""
     optimizer.zero_grad()
-    next_item_loss(model, batch, everywhere).backward()
+    loss(*arguments).backward()
     optimizer.step()
 
 
@@ -107,27 +172,32 @@ def evaluate(model: Sasrec, batches: list[dict]) -> tuple[float, float]:
     return hits.sum(1).mean().item(), (hits @ (1 / torch.arange(2.0, CUTOFF + 2).log2()).double()).mean().item()
 
 
-def serve(pipe: Connection, encoder: dict, num_items: int, batches: dict[str, list], steps: int, threads: int) -> None:
+def serve(
+    pipe: Connection, encoder: dict, multi_hot: np.ndarray, batches: dict[str, list], steps: int, threads: int
+) -> None:
     """The child process: answers each name it receives with the seconds of one unit of that work, until it gets None.
 
-    `batches`: lists `padded`, `packed`, `prefix` and `evaluate` of batches of benchmarks/data.py. Between questions it
-    waits for the pipe and uses no core. Steps are timed over `steps` at a time.
+    `batches`: lists `padded`, `packed`, `prefix`, `same_target`, `cloze` and `evaluate` of batches of
+    benchmarks/data.py; `multi_hot` [items, attributes]. Between questions it waits for the pipe and uses no core. Steps
+    are timed over `steps` at a time.
     """
     torch.manual_seed(0)
     torch.set_num_threads(threads)
-    model = Sasrec(encoder, num_items)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    model, pretrained = Sasrec(encoder, len(multi_hot)), S3rec(encoder, multi_hot)
     ready = {name: [tensors(batch) for batch in parts] for name, parts in batches.items()}
-    endless = {name: itertools.cycle(parts) for name, parts in ready.items()}
 
-    def training(name: str, everywhere: bool = False) -> Callable[[], float]:
-        return lambda: _seconds(lambda: train_step(model, optimizer, next(endless[name]), everywhere), steps)
+    def training(loss: Callable, model: nn.Module, *parts: list) -> Callable[[], float]:
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+        endless = itertools.cycle(zip(*parts, strict=True))
+        return lambda: _seconds(lambda: train_step(optimizer, loss, model, *next(endless)), steps)
 
     work = {
-        "real": training("padded"),
-        "packed": training("packed"),
-        "all": training("padded", everywhere=True),
-        "prefix": training("prefix"),
+        "real": training(next_item_loss, model, ready["padded"]),
+        "packed": training(next_item_loss, model, ready["packed"]),
+        "all": training(functools.partial(next_item_loss, everywhere=True), model, ready["padded"]),
+        "prefix": training(next_item_loss, model, ready["prefix"]),
+        "duorec": training(duorec_loss, model, ready["prefix"], ready["same_target"]),
+        "s3rec": training(s3rec_loss, pretrained, ready["cloze"]),
         "loss": lambda: _seconds(loss_alone(model, ready["packed"][0]), steps),
         "evaluate": lambda: _seconds(lambda: evaluate(model, ready["evaluate"]), 1),
     }

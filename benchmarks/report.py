@@ -15,8 +15,17 @@ RATIOS = {  # a row: (the row it is compared with, the name in bench.json)
     "loss.torch_ms": ("loss.ours_ms", "torch_ratio"),
     "contrastive_step.ours_ms": ("train_step.ours_ms", "plain_ratio"),
     "augmentation.two_views_ms": ("contrastive_step.ours_ms", "contrastive_step_share"),
+    "duorec.torch_target_us": ("duorec.ours_target_us", "target_ratio"),
+    "s3rec.torch_sequence_us": ("s3rec.ours_sequence_us", "sequence_ratio"),
+    "s3rec.torch_masked_item_us": ("s3rec.ours_masked_item_us", "masked_item_ratio"),
+    "s3rec.torch_epoch_s": ("s3rec.ours_epoch_s", "epoch_ratio"),
     "evaluate.torch_ms": ("evaluate.ours_ms", "torch_ratio"),
 }
+RATES = (  # section, time of a unit, its name in bench.json
+    ("duorec", "target_us", "targets_per_s"),
+    ("s3rec", "sequence_us", "sequences_per_s"),
+    ("s3rec", "masked_item_us", "masked_items_per_s"),
+)
 
 
 def summary(seconds: dict[str, list[float]], facts: dict[str, float], others: list[float], machine: dict) -> dict:
@@ -38,6 +47,8 @@ def summary(seconds: dict[str, list[float]], facts: dict[str, float], others: li
     step["useful_gflops"] = facts["step_flops"] / step["ours_ms"] / 1e6
     loss["useful_gflops"] = facts["loss_flops"] / loss["ours_ms"] / 1e6
     evaluate |= {f"{side}_users_per_s": 1e3 * facts["users"] / evaluate[f"{side}_ms"] for side in ("ours", "torch")}
+    for section, unit, name in RATES:
+        result[section] |= {f"{side}_{name}": 1e6 / result[section][f"{side}_{unit}"] for side in ("ours", "torch")}
     result["memory"] = {"step_temp_mib": facts["step_temp_mib"]}
     if not reasons:
         step["useful_share"], loss["useful_share"] = step["useful_gflops"] / limit, loss["useful_gflops"] / limit
@@ -74,6 +85,7 @@ def table(result: dict) -> str:
         "",
         f"a train step: {step['targets']:,.0f} targets, {result['memory']['step_temp_mib']:.0f} MiB of temporaries",
         f"evaluation: {users['ours']:,.0f} users/s, torch {users['torch']:,.0f}",
+        *(_rates(section, name, result[section]) for section, _, name in RATES),
         f"useful GFLOP/s: step {step['useful_gflops']:.0f}, loss {loss['useful_gflops']:.0f}, "
         f"of {step['gemm_gflops']:.0f} (float32 product of {GEMM}^3)",
     ]
@@ -82,3 +94,10 @@ def table(result: dict) -> str:
     else:
         lines.append(f"useful share of that limit: step {step['useful_share']:.0%}, loss {loss['useful_share']:.0%}")
     return "\n".join(lines)
+
+
+def _rates(section, name, part) -> str:
+    return (
+        f"{section}: {part[f'ours_{name}']:,.0f} {name.removesuffix('_per_s').replace('_', ' ')}/s, "
+        f"torch {part[f'torch_{name}']:,.0f}"
+    )

@@ -1,6 +1,7 @@
 """make bench, or python -m benchmarks.run [--data=FILE] [--out=bench.json] [--smoke]
 
-Training, evaluation and start-up of SASRec (d 64, 2 layers, float32) on data of Beauty's size, beside plain PyTorch.
+Training, evaluation and start-up of SASRec (d 64, 2 layers, float32) on data of Beauty's size, DuoRec's step and
+S3-Rec's pretraining (637 made-up attributes), beside plain PyTorch.
 In every round each figure is measured once, one after the other, so that a slow minute meets all of them. PyTorch
 works in a child process with as many threads as there are usable cores and its own defaults otherwise; after each
 measurement all wait until the threads of the last one sleep. Medians and minima over the rounds. Ratios are refused if
@@ -25,7 +26,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import data, flops, machine, ours, report
-from configs import cl4srec, sasrec
+from configs import cl4srec, duorec, s3rec_pretrain, sasrec
 from seqrec_jax.data.batches import make_layout, train_examples
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.prepare import prepare
@@ -47,10 +48,11 @@ class Sizes:
     rounds: int = 7
     steps: int = 8  # of ours in one measurement
     peer_steps: int = 4
+    prefixes: int = 100  # of a published pretraining step
     starts: int = 3  # cold, each with a warm one after it
 
 
-SMOKE = Sizes(users=300, items=200, batch=64, rounds=2, steps=2, peer_steps=2, starts=1)
+SMOKE = Sizes(users=300, items=200, batch=64, rounds=2, steps=2, peer_steps=2, prefixes=20, starts=1)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -79,18 +81,20 @@ def measure(sizes: Sizes, path: str, folder: Path) -> dict:
         raise UserError("PyTorch is not installed: pip install -r benchmarks/requirements.txt") from error
     if jax.default_backend() != "cpu":
         raise UserError("the peers run on the CPU, so ours must too: set JAX_PLATFORMS=cpu")
-    plain, contrastive = (config_of(source, sizes, path or folder / "made_up.txt") for source in (sasrec, cl4srec))
+    sources = {"sasrec": sasrec, "cl4srec": cl4srec, "duorec": duorec, "s3rec": s3rec_pretrain}
+    configs = {name: config_of(source, sizes, path or folder / "made_up.txt") for name, source in sources.items()}
+    plain = configs["sasrec"]
     if not path:
         data.write_lines(data.made_up(sizes.users, sizes.items), Path(plain.data.path))
-    dataset = prepare(plain.data, folder / "prepared")
+    dataset = data.with_attributes(prepare(plain.data, folder / "prepared"))
     facts = {"torch": torch.__version__, "data": f"{path or 'made up'}: {len(dataset.user_ids):,} users, "
              f"{len(dataset.item_ids):,} items, {len(dataset.items_A):,} actions"}  # fmt: skip
     about = machine.describe() | facts
     others = [machine.others_share()]
     seconds = startups(plain.data.path, folder, sizes.starts)
-    batches = peer_batches(plain, dataset)
+    batches = peer_batches(plain, configs["s3rec"], dataset, sizes.prefixes)
     with peer(plain, dataset, batches, sizes.peer_steps) as ask:
-        work, temp_bytes = units(plain, contrastive, dataset, batches, sizes.steps, ask)
+        work, temp_bytes = units(configs, dataset, batches, sizes.steps, ask)
         for measurement in work.values():  # compilation and first touches are not counted
             measurement()
         for number in range(sizes.rounds):
@@ -103,11 +107,11 @@ def measure(sizes: Sizes, path: str, folder: Path) -> dict:
 
     examples, items = train_examples(dataset, "all", plain.encoder.max_length), len(dataset.item_ids)
     steps = -(-len(examples.user_E) // sizes.batch)
-    targets = int(examples.length_E.sum()) / steps
-    seconds["prefix.ours_target_us"] = [value / targets for value in seconds["train_step.ours_ms"]]
-    seconds["prefix.torch_target_us"] = [value / sizes.batch for value in seconds["prefix.torch_ms"]]
+    counts = per_unit(configs["s3rec"], dataset, sizes)
+    for name, (source, count) in counts.items():
+        seconds[name] = [value / count for value in seconds[source]]
     facts = {
-        "targets": targets,
+        "targets": counts["prefix.ours_target_us"][1],
         "users": int((np.diff(dataset.offsets_U1) >= 3).sum()),
         "step_flops": flops.step_flops(examples.length_E, steps, plain.encoder, items),
         "loss_flops": flops.loss_flops(int((batches["packed"][0]["targets"] > 0).sum()), plain.encoder.dim, items),
@@ -123,12 +127,14 @@ def config_of(source, sizes: Sizes, path: Path | str) -> ConfigDict:
     return config.lock()
 
 
-def peer_batches(config: ConfigDict, dataset: SequenceDataset, count: int = 8) -> dict[str, list]:
+def peer_batches(
+    config: ConfigDict, pretraining: ConfigDict, dataset: SequenceDataset, prefixes: int, count: int = 8
+) -> dict[str, list]:
     """The batches of each way to train, and those of evaluation."""
     width, size = config.encoder.max_length, config.train.batch_size
 
-    def layout(targets, **how):
-        return make_layout(train_examples(dataset, targets, width), size, width, **how)
+    def layout(targets, size=size, whole=False, **how):
+        return make_layout(train_examples(dataset, targets, width, whole=whole), size, width, **how)
 
     layouts = {
         "padded": layout("all", packed=False),
@@ -136,11 +142,38 @@ def peer_batches(config: ConfigDict, dataset: SequenceDataset, count: int = 8) -
         "prefix": layout("prefix", packed=False, last_target_only=True),
     }
     ready = {name: data.ready_batches(dataset, rows, count) for name, rows in layouts.items()}
-    return ready | {"evaluate": data.evaluation_batches(dataset, config.eval.batch_size, width)}
+    return ready | {
+        "same_target": data.same_target_batches(dataset, layouts["prefix"], count),
+        "cloze": data.cloze_batches(dataset, layout("prefix", prefixes, whole=True, packed=False), count, pretraining),
+        "evaluate": data.evaluation_batches(dataset, config.eval.batch_size, width),
+    }
 
 
-def units(plain, contrastive, dataset, batches, steps, ask) -> tuple[dict[str, Callable[[], float]], int]:
+def per_unit(pretraining: ConfigDict, dataset: SequenceDataset, sizes: Sizes) -> dict[str, tuple[str, float]]:
+    """{figure: (the step it is of, how many units that step has)}: what unlike steps have in common.
+
+    Of next-item training: a target (of DuoRec's, 256 a step are contrasted: all of theirs, a share of ours). Of
+    pretraining: a sequence with its masks and segment (theirs is a prefix, ours a whole history), a masked item, and an
+    epoch, which reads a history once a prefix there and once here.
+    """
+    width, probability, found = pretraining.encoder.max_length, pretraining.s3rec.mask, {}
+    length_E = train_examples(dataset, "all", width).length_E
+    targets = length_E.sum() / -(-len(length_E) // sizes.batch)
+    for section, step in (("prefix", "train_step"), ("duorec", "duorec")):
+        found[f"{section}.ours_target_us"] = (f"{step}.ours_ms", targets)
+        found[f"{section}.torch_target_us"] = (f"{section}.torch_ms", sizes.batch)
+    for side, kind, size in (("ours", "all", sizes.batch), ("torch", "prefix", sizes.prefixes)):
+        length_E = train_examples(dataset, kind, width, whole=True).length_E
+        steps = -(-len(length_E) // size)
+        masked = (1 + probability * (length_E - 1)).sum()  # the last item always, the others by chance
+        counts = {"sequence_us": len(length_E) / steps, "masked_item_us": masked / steps, "epoch_s": 1 / steps}
+        found |= {f"s3rec.{side}_{unit}": (f"s3rec.{side}_ms", count) for unit, count in counts.items()}
+    return found
+
+
+def units(configs, dataset, batches, steps, ask) -> tuple[dict[str, Callable[[], float]], int]:
     """({figure: a function that measures it once}, bytes of temporaries of the plain step), in the table's order."""
+    plain, contrastive = configs["sasrec"], configs["cl4srec"]
     train = ours.training(plain, dataset, steps)
     targets = batches["packed"][0]["targets"]
     work = {
@@ -154,6 +187,10 @@ def units(plain, contrastive, dataset, batches, steps, ask) -> tuple[dict[str, C
         "loss.torch_ms": lambda: ask("loss"),
         "contrastive_step.ours_ms": ours.training(contrastive, dataset, steps).seconds,
         "augmentation.two_views_ms": ours.two_views(contrastive, dataset),
+        "duorec.ours_ms": ours.training(configs["duorec"], dataset, steps).seconds,
+        "duorec.torch_ms": lambda: ask("duorec"),
+        "s3rec.ours_ms": ours.training(configs["s3rec"], dataset, steps).seconds,
+        "s3rec.torch_ms": lambda: ask("s3rec"),
         "evaluate.ours_ms": ours.evaluation(plain, dataset),
         "evaluate.torch_ms": lambda: ask("evaluate"),
     }
@@ -167,7 +204,7 @@ def peer(config, dataset, batches, steps) -> Iterator[Callable[[str], float]]:
 
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    settings = (config.encoder.to_dict(), len(dataset.item_ids), batches, steps, machine.usable_cores())
+    settings = (config.encoder.to_dict(), data.multi_hot(dataset), batches, steps, machine.usable_cores())
     child = context.Process(target=peers.serve, args=(there, *settings), daemon=True)
     child.start()
     there.close()  # so that a child that fails ends the wait for its answer

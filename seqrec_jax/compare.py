@@ -6,7 +6,7 @@ import dataclasses
 import html
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,15 @@ from seqrec_jax import config as configuration
 from seqrec_jax import report
 from seqrec_jax.errors import UserError
 from seqrec_jax.protocol import protocol_of
+from seqrec_jax.validate import flatten
 from seqrec_jax.workdir import read_lines
 
 STYLE = (
     "body{font:15px sans-serif;margin:2em} table{border-collapse:collapse} td,th{padding:.2em .6em;text-align:right}"
-    " td:nth-child(-n+5){text-align:left} tr{border-bottom:1px solid #ccc} .warning{color:#b00;font-weight:bold}"
+    " td:nth-child(-n+5){text-align:left} tr{border-bottom:1px solid #ccc}"
+    " table{margin-bottom:1em} img{max-width:100%} .warning{color:#b00;font-weight:bold}"
 )
+APART = ("seed", "data.dir", "data.path", "data.cache_dir")  # what runs of one recipe may differ in
 UNFINISHED = "its run is not finished; continue it with the command that began it"
 MIXED = "These runs differ in protocol or data, so their figures cannot be compared (--force)."
 
@@ -34,6 +37,7 @@ class Run:
     lines: list[dict]
     arrays: dict[str, np.ndarray] | None  # None: nothing was trained
     judged_by: tuple  # protocol, negatives if they are drawn, and data: equal ones can be compared
+    recipe: str  # the config but for the seed and where things lie
 
 
 def compare(workdirs: Sequence[Path], out: Path, *, force: bool = False) -> None:
@@ -73,21 +77,22 @@ def read_run(workdir: Path) -> Run:
     protocol = protocol_of(config)
     drawn = results["negatives"] if protocol.candidates == "sampled" else None
     judged_by = (protocol, drawn, results["dataset"]["hash"])
-    return Run(workdir, results, read_lines(workdir / "metrics.jsonl"), arrays, judged_by)
+    recipe = {key: value for key, value in flatten(config).items() if key not in APART}
+    return Run(workdir, results, read_lines(workdir / "metrics.jsonl"), arrays, judged_by, str(recipe))
 
 
 def page(runs: Sequence[Run], *, mixed: bool) -> str:
     """The whole HTML page; every text in it is escaped."""
-    named = {f"{number} {run.results['system']}": run for number, run in enumerate(runs, 1)}
+    named = {f"{number} {_name(run)}": run for number, run in enumerate(runs, 1)}
     protocols = "".join(f"<p>{html.escape(line)}</p>" for line in dict.fromkeys(map(_protocol, runs)))
     pictures = "".join(
-        f'<p><img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{html.escape(title)}"></p>'
+        f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{html.escape(title)}">'
         for title, png in _pictures(named)
     )
     return (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Runs side by side</title>'
-        f"<style>{STYLE}</style></head><body><h1>Runs side by side</h1>{protocols}{_table(runs, mixed)}{pictures}"
-        "</body></html>\n"
+        f"<style>{STYLE}</style></head><body><h1>Runs side by side</h1>{protocols}{_table(runs, mixed)}{_spread(runs)}"
+        f"{pictures}</body></html>\n"
     )
 
 
@@ -95,9 +100,30 @@ def _table(runs: Sequence[Run], mixed: bool) -> str:
     heads = ["run", "system", "workdir", "protocol", "data", "seed", *(f"test {name}" for name in report.COLUMNS)]
     heads += ["best step", "steps", "seconds", *report.FIGURES.values(), "collapsed"]
     caption = f'<caption class="warning">{MIXED}</caption>' if mixed else ""
-    rows = [heads, *(_row(number, run) for number, run in enumerate(runs, 1))]
+    return _html([heads, *(_row(number, run) for number, run in enumerate(runs, 1))], caption)
+
+
+def _spread(runs: Sequence[Run]) -> str:
+    """Means and sample standard deviations of the runs that differ in the seed alone; "" where there are none."""
+    groups = {}
+    for number, run in enumerate(runs, 1):
+        groups.setdefault((run.judged_by, run.recipe), {})[number] = run
+    rows = [["runs", "system", "seeds", *(f"test {name}" for name in report.COLUMNS)]]
+    for group in groups.values():
+        found = [run.results for run in group.values()]
+        seeds = [results["seed"] for results in found]
+        if len(seeds) > 1 and len(set(seeds)) == len(seeds):
+            tests = [[results["test"][name] for results in found] for name in report.COLUMNS]
+            spread = [f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" for values in tests]
+            words = [", ".join(map(str, group)), found[0]["system"], ", ".join(map(str, seeds))]
+            rows.append([*words, *spread])
+    return _html(rows, "<caption>means over seeds ± standard deviation</caption>") if len(rows) > 1 else ""
+
+
+def _html(rows: Sequence[Sequence[str]], caption: str) -> str:
+    """A table, its first row the heads; every cell is escaped."""
     cells = ["".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row)
-             for tag, row in zip(["th", *["td"] * len(runs)], rows, strict=True)]  # fmt: skip
+             for tag, row in zip(["th", *["td"] * (len(rows) - 1)], rows, strict=True)]  # fmt: skip
     return f"<table>{caption}" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
 
 
@@ -117,22 +143,34 @@ def _pictures(named: dict[str, Run]) -> Iterator[tuple[str, bytes]]:
     """(title, PNG) of every picture that has something to show."""
     lines = {name: run.lines for name, run in named.items()}
     arrays = {name: run.arrays for name, run in named.items() if run.arrays}
-    metric = next(iter(named.values())).results["metric"]
-    curves = ("next-item loss and validation", lambda panels: _draw_curves(panels, lines, metric))
-    spectra = ("singular values of the items", lambda panels: report.draw_spectra(panels[0], arrays, spectra[0]))
-    against = ("hr@10 against uniformity and alignment", lambda panels: report.draw_analysis(panels, lines))
-    wanted = [(2, *curves, any(lines.values())), (1, *spectra, arrays), (2, *against, report.has_analysis(lines))]
-    for panels, title, draw, something in wanted:
-        if something:
-            with contextlib.closing(io.BytesIO()) as png:
-                with report.picture(png, panels) as axes:
-                    draw(axes)
-                yield title, png.getvalue()
+    if any(lines.values()):
+        yield "next-item loss and validation ndcg@10", _png(lambda panels: _draw_curves(panels, lines), 2)
+    if arrays:
+        title = "singular values of the items"
+        yield title, _png(lambda panels: report.draw_spectra(panels[0], arrays, title))
+    if report.has_analysis(lines):
+        yield "hr@10 against uniformity and alignment", _png(lambda panels: report.draw_analysis(panels, lines), 2)
+    for name, found in arrays.items():
+        title = f"items of {name}"
+        yield title, _png(lambda panels, found=found, title=title: report.draw_items(panels[0], found, title))
 
 
-def _draw_curves(panels, lines, metric) -> None:
+def _png(draw: Callable[[tuple], None], panels: int = 1) -> bytes:
+    with contextlib.closing(io.BytesIO()) as png:
+        with report.picture(png, panels) as axes:
+            draw(axes)
+        return png.getvalue()
+
+
+def _draw_curves(panels, lines) -> None:
     report.draw_curves(panels[0], lines, "train", "next_item", "next-item loss")
-    report.draw_curves(panels[1], lines, "valid", metric, f"validation {metric}")
+    report.draw_curves(panels[1], lines, "valid", "ndcg@10", "validation ndcg@10")
+
+
+def _name(run: Run) -> str:
+    """In legends; a dollar would begin a formula there."""
+    system, folder = run.results["system"], run.workdir.name.replace("$", r"\$")
+    return system if folder == system else f"{system} ({folder})"
 
 
 def _protocol(run: Run) -> str:

@@ -76,7 +76,7 @@ def plots(workdir: Path, results: dict) -> None:
         for index, (name, metrics) in enumerate(scores.items()):
             places = [place + index * 0.8 / len(scores) for place in range(len(COLUMNS))]
             axes.bar(places, [metrics[column] for column in COLUMNS], 0.8 / len(scores), align="edge", label=name)
-        axes.set_xticks([place + 0.4 for place in range(len(COLUMNS))], COLUMNS)
+        axes.set_xticks([place + 0.4 for place in range(len(COLUMNS))], COLUMNS, fontsize="small")
         axes.set(title=f"test, {data}, protocol {results['protocol']}")
 
 
@@ -107,12 +107,13 @@ def picture(target: Path | BinaryIO, panels: int = 1) -> Iterator[tuple]:
 
 
 def draw_curves(axes: Any, lines: dict[str, list[dict]], kind: str, value: str, title: str) -> None:
-    """`value` of the lines of `kind` (train or valid) by step; of pretraining there is no next-item loss to draw."""
+    """`value` of the lines of `kind` (train or valid) by epoch; of pretraining there is no next-item loss to draw."""
     for name, points in lines.items():
-        points = [(line["step"], line[value]) for line in points if line["kind"] == kind and value in line]
+        steps = next((line["step"] / line["epoch"] for line in points if "epoch" in line), 1)
+        points = [(line["step"] / steps, line[value]) for line in points if line["kind"] == kind and value in line]
         if points:
-            axes.plot(*zip(*points, strict=True), label=name)
-    axes.set(xlabel="step", ylabel=title.partition(",")[0], title=title)
+            axes.plot(*zip(*points, strict=True), marker=".", markersize=3, linewidth=1, label=name)
+    axes.set(xlabel="epoch", ylabel=title.partition(",")[0], title=title)
 
 
 def draw_spectra(axes: Any, found: dict[str, dict], title: str) -> None:

@@ -23,6 +23,7 @@ from seqrec_jax.protocol import protocol_of
 from seqrec_jax.sharding import make_mesh
 from seqrec_jax.train import identity, train
 from seqrec_jax.train_step import TrainState
+from seqrec_jax.transfer import find_parent
 from seqrec_jax.validate import PRETRAINING, mesh_shape
 from seqrec_jax.workdir import locked, settle_config, write_json
 
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 def train_and_evaluate(config: ConfigDict, workdir: Path, stop: threading.Event) -> dict:
     """Trains (or resumes) in `workdir`, evaluates the best checkpoint, runs the baselines; returns results.json."""
     with locked(workdir):
+        if config.init_from and not any((workdir / "checkpoints").glob("[0-9]*")):  # a run under way needs it no more
+            find_parent(config.init_from)  # what is missing is told before any work, and leaves no config.json
         settle_config(workdir, config)
         mesh = make_mesh(*mesh_shape(config, jax.device_count()))
         dataset = prepare(config.data, cache_dir(config, workdir))

@@ -47,7 +47,7 @@ class Progress:
     train_seconds: float = 0.0
     validated_step: int = -1
     best_watch: dict = dataclasses.field(default_factory=dict)  # what the collapse watch saw in the best
-    collapsed: dict | None = None  # what it saw when it first gave alarm, and the step
+    collapsed: dict | None = None  # what it saw when it gave alarm, and the step; None again once a model recovers
 
 
 @contextlib.contextmanager
@@ -85,9 +85,9 @@ def train(
 ) -> tuple[TrainState, Progress, dict]:
     """Trains until a bound or patience ends it; resumes from `workdir`. Returns (last state, progress, provenance).
 
-    The collapse watch looks at every validation and judges from the end of the third epoch on; when training ends, it
-    judges the best checkpoint, wherever that was. Raises Stopped when `stop` is set (after saving) and RunFailed on a
-    loss or gradient that is not finite.
+    The collapse watch looks at every validation and judges from the end of the third epoch on; an alarm lasts until a
+    later model is none. When training ends without one, it judges the best checkpoint, wherever that was. Raises
+    Stopped when `stop` is set (after saving) and RunFailed on a loss or gradient that is not finite.
     """
     total = total_steps(config, layout)
     store = checkpoint.open_store(workdir, create=True)
@@ -143,7 +143,8 @@ def train(
             if unread:  # while the next steps are computed
                 read(unread)
             unread, step = (sums, step, until), until
-    _judge(analysis, progress, progress.best_step, progress.best_watch)
+    if system.judged != "never" and progress.collapsed is None:
+        _judge(analysis, progress, progress.best_step, progress.best_watch)
     return state, progress, parent
 
 
@@ -197,7 +198,7 @@ def _validate(config, validate, analysis, system, state, progress, epoch, lines,
         progress.best_watch = seen
     else:
         progress.waiting += 1
-    if epoch >= JUDGED_FROM:
+    if system.judged == "always" and epoch >= JUDGED_FROM:
         _judge(analysis, progress, step, seen)
     if config.report.analysis:
         seen = seen | analysis.figures(system, state.params)
@@ -206,16 +207,19 @@ def _validate(config, validate, analysis, system, state, progress, epoch, lines,
 
 
 def _judge(analysis, progress, step, seen) -> None:
-    if progress.collapsed is None:
-        progress.collapsed = analysis.collapse(step, seen)
-        if progress.collapsed:
-            log.warning(
-                "COLLAPSED: at step %d the model says the same of everybody: mean cosine of user states %.4f, the same "
-                "top 10 for %.0f%% of users. Try another config.train.learning_rate or config.contrastive.weight",
-                step,
-                seen["mean_cosine"],
-                100 * seen["same_top10"],
-            )
+    found, before = analysis.collapse(step, seen), progress.collapsed
+    progress.collapsed = found and (before or found)
+    if found and not before:
+        log.warning(
+            "COLLAPSED: at step %d the model says the same of everybody: mean cosine of user states %.4f, the same "
+            "top 10 for %.0f%% of users. Try more epochs, another config.train.learning_rate or "
+            "config.contrastive.weight",
+            step,
+            seen["mean_cosine"],
+            100 * seen["same_top10"],
+        )
+    elif before and not found:
+        log.warning("recovered: at step %d the model tells users apart again", step)
 
 
 def _log_steps(lines, bar, sums, step, until, steps_per_epoch, seconds) -> None:

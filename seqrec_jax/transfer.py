@@ -27,7 +27,7 @@ def transfer(params: dict, item_ids: np.ndarray, config: ConfigDict, mesh: Mesh)
     mean; new items stay fresh. Raises UserError for a checkpoint that is missing or damaged, that does not fit, or that
     has no item in common with this data.
     """
-    store, step, meta = _find(config.init_from)
+    store, step, meta = find_parent(config.init_from)
     old = checkpoint.restore_params(store, step, mesh)
     shared = params.keys() & old.keys()
     _check_shapes({name: params[name] for name in shared}, {name: old[name] for name in shared}, config.init_from)
@@ -61,7 +61,7 @@ def matching_rows(item_ids: list[str], old_ids: list[str]) -> tuple[np.ndarray, 
     return new_rows, old_rows
 
 
-def _find(init_from: str) -> tuple[checkpoint.Store, int, dict]:
+def find_parent(init_from: str) -> tuple[checkpoint.Store, int, dict]:
     """(store, step, meta) of RUN, RUN@NAME or RUN/checkpoints/STEP; a folder that is called so comes first.
 
     RUN alone: its best checkpoint, of a pretraining run the last, because its validation is not what it is for.

@@ -264,6 +264,18 @@ def test_alarm_is_given_above_the_bounds(cosine, share, users, gives_alarm):
     assert looks.collapse(7, seen) == ({"step": 7} | seen if gives_alarm else None)
 
 
+def test_an_alarm_lasts_until_a_later_model_recovers(caplog):
+    watched, progress = SimpleNamespace(slot_N=np.arange(500)), train.Progress()
+    looks = analysis.Analysis(compared=None, watched=watched, num_items=100, hparams={}, mesh=None)
+    steps = []
+    for step, cosine in enumerate((0.3, 1.0, 1.0, 0.3, 1.0, 1.0)):
+        train._judge(looks, progress, step, {"mean_cosine": cosine, "same_top10": 0.1})
+        steps.append(progress.collapsed and progress.collapsed["step"])
+    assert steps == [None, 1, 1, None, 4, 4]
+    told = [message[:21] for message in warnings_of(caplog)]
+    assert told == ["COLLAPSED: at step 1 ", "recovered: at step 3 ", "COLLAPSED: at step 4 "]
+
+
 @pytest.fixture
 def constant(monkeypatch):
     """Every system's users have one and the same state."""
@@ -302,6 +314,15 @@ def test_shorter_run_is_judged_by_its_best_checkpoint(constant, cache, tmp_path,
     results = results_of(cache, tmp_path, train__max_epochs=2)
     assert results["collapsed"]["step"] == results["best_step"]
     assert sum("COLLAPSED" in message for message in warnings_of(caplog)) == 1
+
+
+@pytest.mark.parametrize("judged", ["end", "never"])
+def test_states_that_begin_alike_are_judged_at_the_end_or_never(constant, cache, tmp_path, monkeypatch, judged):
+    build = systems.build
+    monkeypatch.setattr(systems, "build", lambda *arguments: dataclasses.replace(build(*arguments), judged=judged))
+    results = results_of(cache, tmp_path, train__max_epochs=4)
+    assert results["analysis"]["same_top10"] == 1
+    assert (results["collapsed"] or {}).get("step") == (results["best_step"] if judged == "end" else None)
 
 
 def test_normal_run_gives_no_alarm_and_leaves_its_figures(cache, tmp_path):

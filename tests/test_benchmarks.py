@@ -11,6 +11,7 @@ from benchmarks import data, flops, report
 from configs import base
 from seqrec_jax import systems
 from seqrec_jax.data.batches import Batch, batch_of, epoch_key, make_layout, plan_epoch, train_examples
+from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.prepare import prepare
 from seqrec_jax.encoders import transformer
 from seqrec_jax.evaluate import make_evaluator
@@ -33,23 +34,35 @@ def small_config():
 @pytest.fixture(scope="module")
 def model():
     """(config, data, our system, our parameters, a torch model with the same)."""
-    torch, config, dataset = pytest.importorskip("torch"), small_config(), data.made_up(USERS, ITEMS)
+    pytest.importorskip("torch")
+    config, dataset = small_config(), data.made_up(USERS, ITEMS)
     from benchmarks import peers
 
     system = systems.build(config, dataset, make_mesh(1, 1))
+    params = large_params(system)
+    copy = peers.Sasrec(config.encoder.to_dict(), ITEMS)
+    copy.load_state_dict(weights_of(params, ITEMS))
+    return config, dataset, system, params, copy
+
+
+def large_params(system):
+    """Parameters of which none is near zero, biases included."""
     generator = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: x + 0.3 * generator.normal(size=x.shape).astype(np.float32), jax.jit(system.init)(jax.random.key(0))
-    )
-    weights = {"items.weight": params["items"][1 : ITEMS + 1], "positions.weight": params["encoder"]["positions"]}
+    params = jax.jit(system.init)(jax.random.key(0))
+    return jax.tree.map(lambda x: x + 0.3 * generator.normal(size=x.shape).astype(np.float32), params)
+
+
+def weights_of(params, items):
+    """The state of a torch encoder with our parameters and the first `items` rows after the padding."""
+    import torch
+
+    weights = {"items.weight": params["items"][1 : items + 1], "positions.weight": params["encoder"]["positions"]}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params["encoder"]):
         *parts, kind = (part.key for part in path)
         if parts:
             name = ".".join(parts).replace("block_", "blocks.")
             weights[f"{name}.{'bias' if kind == 'bias' else 'weight'}"] = leaf.T
-    copy = peers.Sasrec(config.encoder.to_dict(), ITEMS)
-    copy.load_state_dict({name: torch.tensor(np.asarray(leaf)) for name, leaf in weights.items()})
-    return config, dataset, system, params, copy
+    return {name: torch.tensor(np.asarray(leaf)) for name, leaf in weights.items()}
 
 
 def all_users(dataset, packed):
@@ -74,6 +87,74 @@ def test_the_peers_have_our_loss_and_gradient(model, packed, everywhere):
     found.backward()
     assert abs(found.item() - float(value)) < 1e-4
     np.testing.assert_allclose(copy.items.weight.grad.numpy(), gradient["items"][1 : ITEMS + 1], atol=1e-5)
+
+
+def test_the_peer_has_duorecs_loss_and_gradient(model):
+    """Users 2k and 2k + 1 train on the same items in opposite orders, so that a target has exactly one partner."""
+    from benchmarks import peers
+
+    *_, copy = model
+    config = small_config()
+    config.system, config.train.targets, config.train.batch_size = "duorec", "prefix", 1000
+    config.contrastive.update(similarity="dot", same_target_negatives="kept", weight=0.1, pairs=1000)
+    items_UxL = np.arange(1, ITEMS + 1, dtype=np.int32).reshape(9, 10)
+    ends = [items_UxL[:, :1], items_UxL[:, 7:]]
+    histories_UxL = np.concatenate([items_UxL, np.concatenate([ends[0], items_UxL[:, 6:0:-1], ends[1]], axis=1)])
+    names = [np.arange(count).astype(str) for count in (ITEMS, len(histories_UxL))]
+    dataset = SequenceDataset(histories_UxL.reshape(-1), np.arange(0, 181, 10), *names, "", {})
+    system = systems.build(config, dataset, make_mesh(1, 1))
+    params = large_params(system)
+    layout = make_layout(train_examples(dataset, "prefix", WIDTH), 1000, WIDTH, packed=False, last_target_only=True)
+    batch = batch_of(jnp.asarray(dataset.items_A), layout, plan_epoch(layout, epoch_key(0, 0)), 0)
+
+    on_device = jax.tree.map(jnp.asarray, system.data)
+
+    def loss(p):
+        value, (_, metrics) = system.loss(p, {}, batch, jax.random.key(0), hparams_of(config), on_device)
+        return value, metrics["pairs"]
+
+    (value, pairs), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    assert pairs == len(layout.length_E)
+    copy.load_state_dict(weights_of(params, ITEMS))
+    copy.zero_grad()
+    ready = data.ready_batches(dataset, layout, 1) + data.same_target_batches(dataset, layout, 1)
+    prefixes, same_target = map(peers.tensors, ready)
+    assert (prefixes["targets"].max(1).values == same_target["targets"].max(1).values).all()
+    found = peers.duorec_loss(copy, prefixes, same_target)
+    found.backward()
+    assert found.item() == pytest.approx(float(value), abs=1e-4)
+    np.testing.assert_allclose(copy.items.weight.grad.numpy(), gradient["items"][1 : ITEMS + 1], atol=1e-5)
+
+
+def test_the_peer_has_s3recs_loss_and_gradient():
+    torch = pytest.importorskip("torch")
+    from benchmarks import peers
+
+    config, dataset = small_config(), data.with_attributes(data.made_up(USERS, ITEMS), count=20)
+    config.system = "s3rec"
+    system = systems.build(config, dataset, make_mesh(1, 1))
+    params = large_params(system)
+    layout = make_layout(train_examples(dataset, "prefix", WIDTH, whole=True), 40, WIDTH, packed=False)
+    batch = batch_of(jnp.asarray(dataset.items_A), layout, plan_epoch(layout, epoch_key(0, 0)), 0)
+    on_device = jax.tree.map(jnp.asarray, system.data)
+    loss = lambda p: system.loss(p, {}, batch, jax.random.key(0), hparams_of(config), on_device)[0]  # noqa: E731
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+
+    copy = peers.S3rec(config.encoder.to_dict(), data.multi_hot(dataset))
+    copy.encoder.load_state_dict(weights_of(params, ITEMS + 1))
+    copy.attributes.weight.data = torch.tensor(np.asarray(params["attributes"]))
+    for name, linear in copy.maps.items():
+        linear.weight.data, linear.bias.data = (torch.tensor(np.asarray(params["maps"][name][part]).T)
+                                                for part in ("kernel", "bias"))  # fmt: skip
+    (ready,) = data.cloze_batches(dataset, layout, 1, config)
+    found = peers.s3rec_loss(copy, peers.tensors(ready))
+    found.backward()
+    assert found.item() == pytest.approx(float(value), rel=1e-5)
+    for ours, theirs in (
+        (gradient["items"][1 : ITEMS + 2], copy.encoder.items),
+        (gradient["attributes"], copy.attributes),
+    ):
+        np.testing.assert_allclose(theirs.weight.grad.numpy(), ours, rtol=1e-3, atol=1e-3)
 
 
 def test_the_peer_evaluates_as_we_do(model):
@@ -159,6 +240,7 @@ def test_a_quiet_machine_gives_ratios():
     assert step["useful_gflops"] == pytest.approx(80)
     assert step["useful_share"] == pytest.approx(80 / (2 * 2048**3 / 0.1e9))
     assert result["evaluate"]["ours_users_per_s"] == pytest.approx(200_000)
+    assert result["duorec"]["torch_targets_per_s"] == pytest.approx(2.5) and result["s3rec"]["sequence_ratio"] == 4
     assert "4 x train_step ours" in report.table(result) and json.dumps(result)
 
 
@@ -188,7 +270,7 @@ def test_the_smoke_run_writes_every_section(tmp_path):
     assert main(["--smoke", f"--out={tmp_path / 'bench.json'}"]) == 0
     sections = set(json.loads((tmp_path / "bench.json").read_text()))
     assert sections >= {"machine", "train_step", "loss", "contrastive_step", "augmentation", "evaluate", "startup",
-                        "memory", "prefix"}  # fmt: skip
+                        "memory", "prefix", "duorec", "s3rec"}  # fmt: skip
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from seqrec_jax.main import main
+from seqrec_jax.report import draw_curves, picture
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
@@ -31,6 +32,12 @@ def report(out, *workdirs, force=False):
     return main([*flags, *(["--force"] if force else [])])
 
 
+def cells_of(table):
+    """{first cell of a row: {head: cell}}"""
+    heads, *rows = [re.findall("<t[dh]>(.*?)</t[dh]>", row) for row in re.findall("<tr>(.*?)</tr>", table)]
+    return {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
+
+
 def changed_copy(workdir, folder, **changes):
     """A copy with other entries in results.json."""
     shutil.copytree(workdir, folder)
@@ -41,23 +48,41 @@ def changed_copy(workdir, folder, **changes):
 
 def test_page_holds_everything(trained, tmp_path, capsys):
     collapse = {"step": 10, "mean_cosine": 1.0, "same_top10": 1.0}
-    other = changed_copy(trained, tmp_path / "other", seed=77, collapsed=collapse)
+    test = json.loads((trained / "results.json").read_text())["test"]
+    test = {name: value + 0.02 for name, value in test.items()}
+    other = changed_copy(trained, tmp_path / "other", seed=77, collapsed=collapse, test=test)
     assert report(tmp_path / "page.html", trained, other, trained / "baselines" / "pop") == 0
     assert str(tmp_path / "page.html") in capsys.readouterr().out
     page = (tmp_path / "page.html").read_text()
     results = json.loads((trained / "results.json").read_text())
     assert results["protocol_line"] in page and results["dataset"]["hash"] in page
     assert "&lt;b&gt;$run &amp; &quot;1&quot;" in page and str(other) in page and "<b>" not in page
-    rows = [re.findall("<t[dh]>(.*?)</t[dh]>", row) for row in re.findall("<tr>(.*?)</tr>", page)]
-    columns = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[1:]}
+    columns, seeds = map(cells_of, re.findall("<table>.*?</table>", page))
     pop = results["baselines"]["pop"]["test"]
     assert columns["1"]["test hr@10"] == f"{results['test']['hr@10']:.4f}"
     assert columns["1"]["uniformity"] == f"{results['analysis']['uniformity']:.4f}" and columns["1"]["collapsed"] == ""
     assert (columns["2"]["seed"], columns["2"]["collapsed"]) == ("77", "at step 10")
     assert (columns["3"]["test hr@10"], columns["3"]["uniformity"]) == (f"{pop['hr@10']:.4f}", "")
-    sources = re.findall('src="(.{22})', page)
-    assert sources == ["data:image/png;base64,"] * 3  # curves, spectra, hr@10 against uniformity
+    # The second and the first differ in the seed alone.
+    assert list(seeds) == ["1, 2"] and seeds["1, 2"]["seeds"] == "0, 77"
+    assert seeds["1, 2"]["test hr@10"] == f"{results['test']['hr@10'] + 0.01:.4f} ± {0.02 / 2**0.5:.4f}"
+    pictures = re.findall('src="data:image/png;base64,[^"]*" alt="(.*?)"', page)
+    assert [picture.split(" of ")[0] for picture in pictures] == [
+        "next-item loss and validation ndcg@10", "singular values", "hr@10 against uniformity and alignment",
+        "items", "items",
+    ]  # fmt: skip
     assert "http" not in page and "<script" not in page and "cannot be compared" not in page
+
+
+def test_curves_of_unlike_steps_go_by_epochs(tmp_path):
+    def lines_of(steps):
+        logged = {"kind": "train", "step": steps // 2, "epoch": 0.5, "ndcg@10": 9.0}
+        return [logged, *({"kind": "valid", "step": steps * n, "ndcg@10": n / 10} for n in (1, 2))]
+
+    with picture(tmp_path / "curves.png") as (axes,):
+        draw_curves(axes, {"10 steps": lines_of(10), "88 steps": lines_of(88)}, "valid", "ndcg@10", "validation")
+        drawn = [line.get_xydata().tolist() for line in axes.lines]
+    assert drawn == [[[1, 0.1], [2, 0.2]]] * 2
 
 
 def test_untrained_runs_have_no_pictures(trained, tmp_path):

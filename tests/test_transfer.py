@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqrec_jax import checkpoint, report, systems
+from seqrec_jax import checkpoint, report, run, systems
 from seqrec_jax.config import config_hash, load
 from seqrec_jax.data.prepare import prepare
 from seqrec_jax.errors import UserError
@@ -228,14 +228,25 @@ def train_in(make):
 
 
 def test_finetuning_on_a_catalogue_that_changed(parent, train_in, tmp_path, caplog):
-    """A tenth of the items is new and a tenth is gone."""
+    """A tenth of the items is new and a tenth is gone. Once begun, the run needs its parent no more."""
+    copy = shutil.copytree(parent, tmp_path / "parent")
     with caplog.at_level("INFO"):
-        assert train_in(tmp_path, f"{parent}@epoch1") == 0
-    results = json.loads((tmp_path / "results.json").read_text())
+        assert train_in(tmp_path / "run", f"{copy}@epoch1") == 0
+    shutil.rmtree(copy)
+    assert train_in(tmp_path / "run", f"{copy}@epoch1") == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
     told = results["parent"]
     assert (told["step"], told["items_kept"], told["items_new"], told["items_dropped"]) == (4, 18, 2, 2)
     assert "step 4: items 18 kept, 2 new, 2 dropped; left out: attributes" in caplog.text
     assert results["steps"] == 4 and results["test"]["hr@20"] == 1  # 20 items
+
+
+def test_a_missing_parent_is_told_before_the_data_are_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "prepare", lambda *_: pytest.fail("the data were read"))
+    assert main([f"--config={ROOT / 'configs' / 's3rec_finetune.py'}", f"--workdir={tmp_path / 'run'}"]) == 2
+    said = capsys.readouterr().err
+    assert "the workdir of a pretraining run: no such workdir" in said and "--config.init_from=RUN" in said
+    assert not (tmp_path / "run" / "config.json").exists()  # so that the same workdir takes the right one
 
 
 @pytest.mark.slow
@@ -243,8 +254,8 @@ def test_runs_with_and_without_a_parent_are_on_one_page(parent, train_in, tmp_pa
     tuned, scratch = tmp_path / "tuned", tmp_path / "scratch"
     assert train_in(tuned, parent) == train_in(scratch) == 0
     assert json.loads((scratch / "results.json").read_text())["parent"] == {}
-    first = [json.loads((run / "metrics.jsonl").read_text().splitlines()[0]) for run in (tuned, scratch)]
+    first = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[0]) for folder in (tuned, scratch)]
     assert first[0]["loss"] != first[1]["loss"]
     assert main(["--mode=report", f"--workdirs={tuned},{scratch}", f"--out={tmp_path / 'page.html'}"]) == 0
     page = (tmp_path / "page.html").read_text()
-    assert str(tuned) in page and str(scratch) in page and "next-item loss and validation" in page
+    assert str(tuned) in page and str(scratch) in page and "next-item loss and validation ndcg@10" in page

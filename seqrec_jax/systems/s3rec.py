@@ -50,7 +50,9 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
         hidden_RxLxD = encoders.encode(params, asked, encoder, key, hparams, causal=causal(encoder))
         return mim.project(encoders.last_states(hidden_RxLxD, asked), params["maps"]["mip"])
 
-    system = System(functools.partial(init, config=config, dataset=dataset), states)
+    # The state of a mask is much the same behind every history until late; without a map that trains it may stay so.
+    judged = "end" if "mip" in used else "never"
+    system = System(functools.partial(init, config=config, dataset=dataset), states, judged=judged)
     if not len(dataset.items_A):  # a vocabulary alone, to recommend
         return system
     check(used, dataset)

@@ -17,6 +17,7 @@ class System:
     # (params, state, batch, key, hparams, data) -> (scalar, (state, metrics)); None: nothing to train
     loss: Callable[..., Any] | None = None
     data: Any = None  # pytree of device arrays that `loss` reads
+    judged: str = "always"  # when the collapse watch judges `states`: always | end (they begin alike) | never
     state: Any = dataclasses.field(default_factory=dict)  # what is neither trained nor constant, e.g. batch statistics
 
 
