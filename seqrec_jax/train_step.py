@@ -49,7 +49,8 @@ def init_state(system: System, config: ConfigDict, mesh: Mesh) -> TrainState:
 
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     shardings = shardings_of(mesh, jax.eval_shape(make, key))
-    return jax.jit(make, out_shardings=shardings)(key)
+    fast_to_compile = {"xla_backend_optimization_level": 1}  # it runs once, and the values are the same
+    return jax.jit(make, out_shardings=shardings, compiler_options=fast_to_compile)(key)
 
 
 def make_train_steps(system: System, config: ConfigDict, mesh: Mesh, total_steps: int):
