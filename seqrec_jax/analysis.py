@@ -126,13 +126,23 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Analysis:
-    """What is looked at in the models of one run besides their metrics."""
+    """What is looked at in the models of one run besides their metrics. Samples are made at the first look."""
 
-    compared: Sample
-    watched: Sample
-    num_items: int
-    hparams: dict
+    dataset: SequenceDataset
+    config: ConfigDict
     mesh: Mesh
+
+    @property
+    def num_items(self) -> int:
+        return len(self.dataset.item_ids)
+
+    @functools.cached_property
+    def compared(self) -> Sample:
+        return make_sample(self.dataset, self.config, COMPARED, self.mesh)
+
+    @functools.cached_property
+    def watched(self) -> Sample:
+        return make_sample(self.dataset, self.config, WATCHED, self.mesh)
 
     def figures(self, system: System, params: dict) -> dict[str, float]:
         """The figures above, of the compared users' states and of the item table (items alone, no special rows).
@@ -141,7 +151,7 @@ class Analysis:
         the same validation item. A figure without a pair to measure is left out.
         """
         encode = functools.partial(_encode, system.states, params, self.compared, self.mesh)
-        masked = [encode(jax.random.key(seed), self.hparams) for seed in (0, 1)]
+        masked = [encode(jax.random.key(seed), hparams_of(self.config)) for seed in (0, 1)]
         return _defined(_figures(encode(), *masked, self.compared.target_N, params, self.num_items, self.mesh))
 
     def watch(self, system: System, params: dict) -> dict[str, float]:
@@ -160,14 +170,8 @@ class Analysis:
         return {"step": step} | seen if same else None
 
 
-def make_analysis(dataset: SequenceDataset, config: ConfigDict, mesh: Mesh) -> Analysis:
-    """The samples are drawn with a fixed seed, from the users that are evaluated."""
-    compared, watched = (make_sample(dataset, config, size, mesh) for size in (COMPARED, WATCHED))
-    return Analysis(compared, watched, len(dataset.item_ids), hparams_of(config), mesh)
-
-
 def make_sample(dataset: SequenceDataset, config: ConfigDict, size: int, mesh: Mesh) -> Sample:
-    """At most `size` users."""
+    """At most `size` of the evaluated users, drawn with a fixed seed."""
     held_out, width = HELD_OUT["valid"], config.encoder.max_length
     everyone = history_examples(dataset, held_out, width)
     count = len(everyone.user_E)

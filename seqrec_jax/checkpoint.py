@@ -1,4 +1,4 @@
-"""The only file that knows orbax: save, verify, restore, find, prune.
+"""The only file that knows orbax, and imports it when it is needed: save, verify, restore, find, prune.
 
 A checkpoint counts once its manifest (a checksum of every file) is written; until then it is invisible. The newest, the
 one before it (a damaged newest has a predecessor), the best that each of the two knows and those of
@@ -6,6 +6,7 @@ train.keep_epochs are kept.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from seqrec_jax.data.dataset import SequenceDataset
@@ -35,7 +35,22 @@ class Store:
     """The checkpoints of one workdir."""
 
     directory: Path
-    manager: ocp.CheckpointManager
+    writable: bool
+
+    @functools.cached_property
+    def manager(self):
+        """orbax's CheckpointManager."""
+        import orbax.checkpoint as ocp
+
+        options = ocp.CheckpointManagerOptions(
+            create=self.writable, enable_async_checkpointing=False, read_only=not self.writable
+        )
+        handlers = {
+            "params": ocp.StandardCheckpointHandler(),
+            "rest": ocp.StandardCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
+        return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
 
 def open_store(workdir: Path, *, create: bool) -> Store:
@@ -47,13 +62,7 @@ def open_store(workdir: Path, *, create: bool) -> Store:
         _wait_for_all("checkpoints cleared")
     elif not directory.is_dir():
         raise UserError(f"{workdir}: no checkpoints here; train first, or name another --workdir")
-    options = ocp.CheckpointManagerOptions(create=create, enable_async_checkpointing=False, read_only=not create)
-    handlers = {
-        "params": ocp.StandardCheckpointHandler(),
-        "rest": ocp.StandardCheckpointHandler(),
-        "meta": ocp.JsonCheckpointHandler(),
-    }
-    return Store(directory, ocp.CheckpointManager(directory, options=options, item_handlers=handlers))
+    return Store(directory, writable=create)
 
 
 def save(store: Store, state: TrainState, meta: dict, keep: Collection[int] = ()) -> None:
@@ -62,6 +71,8 @@ def save(store: Store, state: TrainState, meta: dict, keep: Collection[int] = ()
     `keep`: steps that are always needed. A checkpoint of the same step stays if it says the same, else is replaced
     (the step was validated since).
     """
+    import orbax.checkpoint as ocp
+
     step = int(state.step)
     meta = json.loads(json.dumps({"format": FORMAT, "step": step} | meta))
     rest = {"optimizer": state.optimizer, "state": state.state}
@@ -115,6 +126,8 @@ def restore_latest(store: Store, like: TrainState) -> tuple[TrainState, dict] | 
 
 def restore(store: Store, step: int, like: TrainState) -> tuple[TrainState, dict]:
     """The checkpoint of `step`, verified, with the structure and shardings of `like`."""
+    import orbax.checkpoint as ocp
+
     _verify(store.directory / str(step))
     meta = read_meta(store, step)
     rest = {"optimizer": like.optimizer, "state": like.state}
@@ -135,6 +148,8 @@ def restore(store: Store, step: int, like: TrainState) -> tuple[TrainState, dict
 
 def read_meta(store: Store, step: int) -> dict:
     """What was saved beside the arrays of `step`."""
+    import orbax.checkpoint as ocp
+
     meta = store.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     if meta["format"] != FORMAT:
         raise UserError(
@@ -146,6 +161,8 @@ def read_meta(store: Store, step: int) -> dict:
 
 def restore_params(store: Store, step: int, mesh: Mesh) -> dict:
     """The parameters of `step` alone, verified, in the shapes they were saved with."""
+    import orbax.checkpoint as ocp
+
     _verify(store.directory / str(step))
     saved = store.manager.item_metadata(step)["params"]
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)

@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 the run failed; 2 bad configuration or data; 75 stopped by
 command to continue.
 """
 
+import gc
 import json
 import logging
 import sys
@@ -87,4 +88,5 @@ def _config_in(workdir: Path) -> str:
 
 
 if __name__ == "__main__":
+    gc.set_threshold(100_000)  # imports and traces make many objects that stay: seldom look for garbage among them
     sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from seqrec_jax import checkpoint, report, systems
 from seqrec_jax import config as configuration
-from seqrec_jax.analysis import arrays, make_analysis
+from seqrec_jax.analysis import Analysis, arrays
 from seqrec_jax.data import batches
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.prepare import prepare, print_report
@@ -130,7 +130,7 @@ def _results(config, workdir, dataset, mesh, stop) -> dict:
         return results | _metrics(config, dataset, system, params, mesh) | {"steps": 0, "train_seconds": 0.0}
     layout, _ = train_layout(config, dataset, mesh)
     validate = make_evaluator(dataset, config, "valid", mesh)
-    analysis = make_analysis(dataset, config, mesh)
+    analysis = Analysis(dataset, config, mesh)
     state, progress, parent = train(config, workdir, dataset, system, layout, validate, analysis, mesh, stop)
     store = checkpoint.open_store(workdir, create=False)
     params = checkpoint.restore_params(store, progress.best_step, mesh)

@@ -40,6 +40,7 @@ def make_transform(config: ConfigDict, hparams: dict, rate: jax.Array):
 def init_state(system: System, config: ConfigDict, mesh: Mesh) -> TrainState:
     """A fresh state, laid out over the mesh; parameters depend on the seed alone."""
 
+    @jax.jit  # traced once for its shapes and for the values
     def make(key):
         params = system.init(key)
         return TrainState(
@@ -48,7 +49,8 @@ def init_state(system: System, config: ConfigDict, mesh: Mesh) -> TrainState:
 
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     shardings = shardings_of(mesh, jax.eval_shape(make, key))
-    return jax.jit(make, out_shardings=shardings)(key)
+    fast_to_compile = {"xla_backend_optimization_level": 1}  # it runs once, and the values are the same
+    return jax.jit(make, out_shardings=shardings, compiler_options=fast_to_compile)(key)
 
 
 def make_train_steps(system: System, config: ConfigDict, mesh: Mesh, total_steps: int):
@@ -59,6 +61,7 @@ def make_train_steps(system: System, config: ConfigDict, mesh: Mesh, total_steps
     `bad_step`, the first step whose loss or gradient was not finite (a huge number if none).
     """
 
+    @jax.jit  # traced once for its shapes and for the loop
     def one_step(state: TrainState, layout: Layout, plan: Plan, data, hparams):
         batch = split_rows(mesh, batch_of(data["items_A"], layout, plan, state.step % layout.steps))
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 2), state.step)

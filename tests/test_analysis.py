@@ -18,7 +18,7 @@ from seqrec_jax.data.batches import train_counts
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.main import main
 from seqrec_jax.sharding import make_mesh
-from seqrec_jax.systems import System
+from seqrec_jax.systems import System, hparams_of
 from seqrec_jax.workdir import read_lines
 
 SASREC = str(Path(__file__).resolve().parents[1] / "configs" / "sasrec.py")
@@ -197,7 +197,7 @@ def model(cache):
     config, dataset = config_of(cache), random_dataset()
     mesh = make_mesh(1, 1)
     system = systems.build(config, dataset, mesh)
-    return system, system.init(jax.random.key(0)), analysis.make_analysis(dataset, config, mesh), config, dataset
+    return system, system.init(jax.random.key(0)), analysis.Analysis(dataset, config, mesh), config, dataset
 
 
 def test_figures_do_not_see_padding_and_special_rows(model):
@@ -226,21 +226,23 @@ def test_figures_are_those_of_the_parts(model):
 
 
 def test_alignment_is_that_of_dropout_and_evaluation_has_none(model):
-    system, params, looks, _, _ = model
-    without = dataclasses.replace(looks, hparams=looks.hparams | {"embedding_dropout": 0.0, "hidden_dropout": 0.0})
+    system, params, looks, config, _ = model
+    none = config.copy_and_resolve_references().unlock()
+    none.encoder.update(embedding_dropout=0.0, hidden_dropout=0.0)
+    without = dataclasses.replace(looks, config=none)
     assert without.figures(system, params)["alignment"] == pytest.approx(0, abs=1e-6)
     assert looks.figures(system, params)["alignment"] > 0.1
     batch = jax.tree.map(lambda leaf: leaf[0], looks.compared.batches)
     plain = system.states(params, batch)
     assert np.array_equal(plain, system.states(params, batch))
-    assert not np.array_equal(plain, system.states(params, batch, jax.random.key(0), looks.hparams))
+    assert not np.array_equal(plain, system.states(params, batch, jax.random.key(0), hparams_of(config)))
 
 
 def test_figures_without_a_pair_are_left_out(cache):
     offsets, items = np.array([0, 4]), np.array([1, 2, 3, 4], np.int32)
     dataset = SequenceDataset(items, offsets, np.arange(1, 5).astype(str), np.array(["u"]), "", {})
     config, mesh = config_of(cache), make_mesh(1, 1)
-    looks, system = analysis.make_analysis(dataset, config, mesh), systems.build(config, dataset, mesh)
+    looks, system = analysis.Analysis(dataset, config, mesh), systems.build(config, dataset, mesh)
     params = system.init(jax.random.key(0))
     assert looks.figures(system, params).keys() == {"alignment", "item_cosine", "effective_rank"}
     seen = looks.watch(system, params)
@@ -258,8 +260,8 @@ def test_figures_without_a_pair_are_left_out(cache):
     ],
 )  # fmt: skip
 def test_alarm_is_given_above_the_bounds(cosine, share, users, gives_alarm):
-    watched = SimpleNamespace(slot_N=np.arange(users))
-    looks = analysis.Analysis(compared=None, watched=watched, num_items=100, hparams={}, mesh=None)
+    looks = analysis.Analysis(dataset=SimpleNamespace(item_ids=range(100)), config=None, mesh=None)
+    vars(looks)["watched"] = SimpleNamespace(slot_N=np.arange(users))
     seen = {"mean_cosine": cosine, "same_top10": share}
     assert looks.collapse(7, seen) == ({"step": 7} | seen if gives_alarm else None)
 

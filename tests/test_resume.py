@@ -60,7 +60,7 @@ def traced_once():
         for module, name in (
             (systems, "build"),
             (run, "make_evaluator"),
-            (run, "make_analysis"),
+            (run, "Analysis"),
             (train_step, "make_train_steps"),
         ):
             patch.setattr(module, name, once(getattr(module, name)))
