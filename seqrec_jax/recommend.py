@@ -15,6 +15,7 @@ from seqrec_jax import config as configuration
 from seqrec_jax.data.batches import rows_of
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.errors import UserError
+from seqrec_jax.protocol import ranks_items
 from seqrec_jax.sharding import make_mesh
 
 GROUP = 64  # histories scored at once
@@ -37,6 +38,7 @@ class Recommender:
     params: dict
     item_ids: np.ndarray
     max_length: int
+    room: int  # cells behind each history: one where the model reads a [UR] token
     positions: str
 
     def recommend(
@@ -92,7 +94,7 @@ class Recommender:
             row_U=rows,
             column_U=jnp.zeros(GROUP, jnp.int32),
             rows=GROUP,
-            width=self.max_length,
+            width=self.max_length + self.room,
             last_target_only=False,
             positions=self.positions,
         )
@@ -104,6 +106,8 @@ def load(workdir: str | Path) -> Recommender:
     workdir = Path(workdir).expanduser()
     store, step, meta = checkpoint.find(workdir)
     config = configuration.from_json(json.dumps(meta["config"]))
+    if not ranks_items(config):
+        raise UserError(f"{workdir}: its users do not rank items (system={config.system}); start a finetuning from it")
     mesh = make_mesh(1, 1)
     with config.unlocked():
         config.loss.next_item = "full"  # nothing is trained here, so no negatives are prepared
@@ -111,4 +115,7 @@ def load(workdir: str | Path) -> Recommender:
     vocabulary = SequenceDataset(nothing, np.zeros(1, np.int64), item_ids, np.array([], str), meta["dataset_hash"], {})
     system = systems.build(config, vocabulary, mesh)
     params = checkpoint.restore_params(store, step, mesh)
-    return Recommender(system, params, vocabulary.item_ids, config.encoder.max_length, config.encoder.positions)
+    encoder = config.encoder
+    return Recommender(
+        system, params, vocabulary.item_ids, encoder.max_length, int(encoder.user_token), encoder.positions
+    )

@@ -26,7 +26,9 @@ def table(results: dict) -> str:
     data = results["dataset"]
     rows = [(f"{results['system']} (test)", results["test"]), (f"{results['system']} (valid)", results["valid"])]
     rows += [(f"{name} (test)", baseline["test"]) for name, baseline in results["baselines"].items()]
-    width = max(len(name) for name, _ in rows)
+    rows = [(name, metrics) for name, metrics in rows if metrics]  # pretraining has none
+    columns = columns_of(results["test"])
+    width = max((len(name) for name, _ in rows), default=0)
     lines = [
         "",
         results["protocol_line"],
@@ -34,9 +36,9 @@ def table(results: dict) -> str:
         f"{data['actions']:,} actions; loss {results['loss']}, targets {results['targets']}, seed {results['seed']}, "
         f"{results['device']}",
         "",
-        " " * width + "".join(f"{column:>9}" for column in COLUMNS),
+        " " * width + "".join(f"{column:>9}" for column in columns),
     ]
-    lines += [f"{name:<{width}}" + "".join(f"{metrics[column]:9.4f}" for column in COLUMNS) for name, metrics in rows]
+    lines += [f"{name:<{width}}" + "".join(f"{metrics[column]:9.4f}" for column in columns) for name, metrics in rows]
     if "steps" in results:
         lines.append(f"\n{results['steps']:,} steps, {results['train_seconds']:.1f} s of training")
     if results.get("analysis"):
@@ -45,6 +47,11 @@ def table(results: dict) -> str:
     if results.get("collapsed"):
         lines.append(f"COLLAPSED at step {results['collapsed']['step']}: the model says the same of everybody")
     return "\n".join(lines)
+
+
+def columns_of(metrics: dict) -> list[str]:
+    """The metrics that tables and bars show: COLUMNS of a ranking, else all."""
+    return [name for name in COLUMNS if name in metrics] or list(metrics)
 
 
 def plots(workdir: Path, results: dict) -> None:
@@ -60,23 +67,30 @@ def plots(workdir: Path, results: dict) -> None:
         pretrains = results["system"] in PRETRAINING
         value, title = ("loss", "pretraining loss") if pretrains else ("next_item", "next-item loss")
         draw_curves(axes, lines, "train", value, f"{title}, {data}")
+    watched = results["metric"] or "uniformity"
     with picture(folder / "validation.png") as (axes,):
-        draw_curves(axes, lines, "valid", results["metric"], f"validation {results['metric']}, {data}")
+        draw_curves(axes, lines, "valid", watched, f"validation {watched}, {data}")
     if found:
         with picture(folder / "spectrum.png") as (axes,):
             draw_spectra(axes, found, f"singular values of the items, {data}")
     if results["system"] in found:
         with picture(folder / "projection.png") as (axes,):
             draw_items(axes, found[results["system"]], f"items of {results['system']}, {data}")
+        if "users_Nx2" in found[results["system"]]:
+            with picture(folder / "users.png") as (axes,):
+                draw_users(axes, found[results["system"]]["users_Nx2"], f"users of {results['system']}, {data}")
     if has_analysis(lines):
         with picture(folder / "alignment.png", panels=2) as panels:
             draw_analysis(panels, lines)
+    columns = columns_of(results["test"])
+    if not columns:
+        return
     scores = {results["system"]: results["test"]} | {n: b["test"] for n, b in results["baselines"].items()}
     with picture(folder / "test.png") as (axes,):
         for index, (name, metrics) in enumerate(scores.items()):
-            places = [place + index * 0.8 / len(scores) for place in range(len(COLUMNS))]
-            axes.bar(places, [metrics[column] for column in COLUMNS], 0.8 / len(scores), align="edge", label=name)
-        axes.set_xticks([place + 0.4 for place in range(len(COLUMNS))], COLUMNS)
+            places = [place + index * 0.8 / len(scores) for place in range(len(columns))]
+            axes.bar(places, [metrics[column] for column in columns], 0.8 / len(scores), align="edge", label=name)
+        axes.set_xticks([place + 0.4 for place in range(len(columns))], columns)
         axes.set(title=f"test, {data}, protocol {results['protocol']}")
 
 
@@ -133,9 +147,15 @@ def draw_items(axes: Any, arrays: dict, title: str) -> None:
     axes.set(xlabel="first direction", ylabel="second direction", title=title)
 
 
+def draw_users(axes: Any, users_Nx2: np.ndarray, title: str) -> None:
+    """Users along two principal directions of their unit states, as in CLUE's Figure 7: a collapse is one spot."""
+    axes.scatter(*users_Nx2.T, s=4)
+    axes.set(xlabel="first direction", ylabel="second direction", xlim=(-1, 1), ylim=(-1, 1), title=title)
+
+
 def has_analysis(lines: dict[str, list[dict]]) -> bool:
     """Whether any validation line has the figures of config.report.analysis."""
-    return any("uniformity" in line for points in lines.values() for line in points)
+    return any({"uniformity", "hr@10"} <= line.keys() for points in lines.values() for line in points)
 
 
 def draw_analysis(panels: tuple, lines: dict[str, list[dict]]) -> None:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from seqrec_jax import checkpoint, report, systems
 from seqrec_jax import config as configuration
-from seqrec_jax.analysis import arrays, make_analysis
+from seqrec_jax.analysis import arrays, make_analysis, user_projection
 from seqrec_jax.data import batches
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.prepare import prepare, print_report
@@ -91,6 +91,7 @@ def train_layout(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> tu
         packed=train.packed,
         last_target_only=train.targets == "prefix",
         row_multiple=mesh.shape["data"],
+        room=encoder.user_token,
     )
     cells = layout.steps * layout.rows * layout.width
     log.info(
@@ -133,6 +134,8 @@ def _results(config, workdir, dataset, mesh, stop) -> dict:
     params = checkpoint.restore_params(store, progress.best_step, mesh)
     test = make_evaluator(dataset, config, "test", mesh)(system, params)
     found = arrays(params, dataset, mesh)
+    if config.system == "clue":
+        found["users_Nx2"] = user_projection(system, params, analysis)
     if jax.process_index() == 0:
         np.savez(workdir / "analysis.npz", **found)
     return results | {

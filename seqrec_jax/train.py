@@ -29,6 +29,7 @@ from seqrec_jax.workdir import Log
 log = logging.getLogger(__name__)
 
 
+WATCHED = {"mean_cosine": "mean cosine of user states", "same_top10": "share of users with the same top 10"}
 JUDGED_FROM = 3  # epochs; before, a model may well say the same of everybody
 
 
@@ -190,7 +191,8 @@ def _exhausted(config, progress) -> bool:
 def _validate(config, validate, analysis, system, state, progress, epoch, lines, bar) -> None:
     step = int(state.step)
     metrics, seen = validate(system, state.params), analysis.watch(system, state.params)
-    value = metrics[validate.protocol.metric]
+    metric = validate.protocol.metric
+    value = metrics.get(metric, step)  # without a metric, a later one is a better one
     progress.validated_step = step
     if progress.best_value is None or value > progress.best_value:
         progress.best_step, progress.best_value, progress.best_metrics, progress.waiting = step, value, metrics, 0
@@ -199,23 +201,22 @@ def _validate(config, validate, analysis, system, state, progress, epoch, lines,
         progress.waiting += 1
     if epoch >= JUDGED_FROM:
         _judge(analysis, progress, step, seen)
-    if config.report.analysis:
+    if config.report.analysis or not metric:
         seen = seen | analysis.figures(system, state.params)
     lines.write("valid", step, metrics | seen | {"train_seconds": progress.train_seconds})
-    bar.set_description(f"{config.name} valid {validate.protocol.metric} {value:.4f} (best {progress.best_value:.4f})")
+    judged = f" valid {metric} {value:.4f} (best {progress.best_value:.4f})" if metric else ""
+    bar.set_description(config.name + judged)
 
 
 def _judge(analysis, progress, step, seen) -> None:
     if progress.collapsed is None:
         progress.collapsed = analysis.collapse(step, seen)
         if progress.collapsed:
+            told = ", ".join(f"{WATCHED[name]} {value:.4f}" for name, value in seen.items())
             log.warning(
-                "COLLAPSED: at step %d the model says the same of everybody: mean cosine of user states %.4f, the same "
-                "top 10 for %.0f%% of users. Try another config.train.learning_rate or config.contrastive.weight",
-                step,
-                seen["mean_cosine"],
-                100 * seen["same_top10"],
-            )
+                "COLLAPSED: at step %d the model says the same of everybody: %s. Try another "
+                "config.train.learning_rate or config.contrastive.weight", step, told,
+            )  # fmt: skip
 
 
 def _log_steps(lines, bar, sums, step, until, steps_per_epoch, seconds) -> None:

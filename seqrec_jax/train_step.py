@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from seqrec_jax.data.batches import Layout, Plan, batch_of, epoch_key, plan_epoch
-from seqrec_jax.optimizer import adam, schedule
+from seqrec_jax.optimizer import schedule, transform
 from seqrec_jax.sharding import replicate, shardings_of, split_rows
 from seqrec_jax.systems import System, hparams_of
 
@@ -34,7 +34,8 @@ class TrainState:
 
 def make_transform(config: ConfigDict, hparams: dict, rate: jax.Array):
     """The optax chain of `config.train` at the learning rate `rate`."""
-    return adam(hparams, rate, decays=config.train.weight_decay > 0, clips=config.train.clip_norm > 0)
+    train = config.train
+    return transform(train.optimizer, hparams, rate, decays=train.weight_decay > 0, clips=train.clip_norm > 0)
 
 
 def init_state(system: System, config: ConfigDict, mesh: Mesh) -> TrainState:
@@ -68,8 +69,8 @@ def make_train_steps(system: System, config: ConfigDict, mesh: Mesh, total_steps
             state.params, state.state, batch, key, hparams, data
         )
         factor = schedule(config.train.schedule, state.step, total_steps, config.train.warmup_steps)
-        transform = make_transform(config, hparams, hparams["learning_rate"] * factor)
-        updates, optimizer = transform.update(gradients, state.optimizer, state.params)
+        transform_ = make_transform(config, hparams, hparams["learning_rate"] * factor)
+        updates, optimizer = transform_.update(gradients, state.optimizer, state.params)
         params = jax.tree.map(jnp.add, state.params, updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(sum(jnp.sum(g) for g in jax.tree.leaves(gradients)))
         counts = {

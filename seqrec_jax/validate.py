@@ -8,8 +8,9 @@ from ml_collections import ConfigDict
 from seqrec_jax.errors import UserError, unknown
 from seqrec_jax.protocol import PROTOCOLS
 
-SYSTEMS = ("pop", "sasrec", "sasrec_aug", "cl4srec", "duorec", "s3rec")
-PRETRAINING = ("s3rec",)  # systems without a next-item loss, for others to start from
+SYSTEMS = ("pop", "sasrec", "sasrec_aug", "cl4srec", "duorec", "s3rec", "clue")
+PRETRAINING = ("s3rec", "clue")  # systems without a next-item loss, for others to start from
+USER_TOKEN = ("clue",)  # systems that read the [UR] token
 METRICS = (*(f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in (1, 5, 10, 20)), "mrr")
 
 # Intervals in the notation of mathematics. Every number of configs/base.py has one.
@@ -40,6 +41,8 @@ RANGES = {  # for a tuple: of each element
     "s3rec.sp": "[0, inf)",
     "s3rec.mask": "[0, 1]",
     "s3rec.negatives": "[1, inf)",
+    "clue.share": "[0, 1]",
+    "clue.bottleneck": "[1, inf)",
     "augment.crop": "[0, 1]",
     "augment.mask": "[0, 1]",
     "augment.reorder": "[0, 1]",
@@ -85,9 +88,12 @@ CHOICES = {  # for a tuple: of each element
     "contrastive.directions": ("summed", "averaged"),
     "s3rec.form": ("code", "paper"),
     "s3rec.segment_negatives": ("training", "published"),
+    "clue.pretraining": ("clue", "masked_items"),
+    "clue.view": ("dropout", "mask", "crop", "permute"),
     "augment.operators": ("crop", "mask", "reorder"),
     "augment.choice": ("uniform", "different", "fixed"),
     "train.targets": ("all", "windows", "prefix"),
+    "train.optimizer": ("adam", "sgd"),
     "train.schedule": ("constant", "linear", "cosine"),
     "eval.protocol": (*PROTOCOLS, "custom"),
     "eval.hide_history": ("", "yes", "no"),
@@ -193,6 +199,7 @@ def _training_conflicts(config: ConfigDict, data_devices: int) -> Iterator[str]:
         )
     if config.system != "pop" and train.max_epochs == 0:
         yield f"train.max_epochs=0 does not train system={config.system}; allowed: [1, inf)"
+    yield from _user_token_conflicts(config)
     if config.system == "s3rec" and not any(config.s3rec[name] for name in ("aap", "mip", "map", "sp")):
         yield "s3rec.aap, s3rec.mip, s3rec.map and s3rec.sp are all 0, so there is nothing to learn; set one above 0"
     if max(train.keep_epochs, default=0) > train.max_epochs:
@@ -221,6 +228,34 @@ def _training_conflicts(config: ConfigDict, data_devices: int) -> Iterator[str]:
         yield f"report.baselines names {config.system}, which is the system itself; leave it out"
     if len(set(baselines)) < len(baselines):
         yield f"report.baselines={','.join(baselines)} names a system twice"
+
+
+def _user_token_conflicts(config: ConfigDict) -> Iterator[str]:
+    encoder, clue = config.encoder, config.clue
+    if encoder.user_token != (config.system in USER_TOKEN):
+        needs = "needs" if config.system in USER_TOKEN else "does not read"
+        yield (
+            f"encoder.user_token={encoder.user_token}: system={config.system} {needs} the [UR] token; "
+            f"allowed: {not encoder.user_token}"
+        )
+    if encoder.user_token and encoder.kind != "transformer":
+        yield f"encoder.kind={encoder.kind} has no [UR] token; allowed: transformer"
+    if config.system != "clue":
+        return
+    if clue.pretraining == "clue" and config.train.batch_size < 2:
+        yield (
+            f"train.batch_size={config.train.batch_size} leaves CLUE's batch normalisation a single user, whose "
+            "statistics say nothing; allowed: [2, inf)"
+        )
+    if clue.pretraining == "clue" and clue.view == "dropout" and not encoder.embedding_dropout + encoder.hidden_dropout:
+        yield (
+            "clue.view=dropout with encoder.embedding_dropout=0 and encoder.hidden_dropout=0 makes two equal views; "
+            "set one above 0, or clue.view=mask, crop, permute"
+        )
+    if clue.pretraining == "masked_items" and not clue.share:
+        yield "clue.share=0 masks no item, so there is nothing to predict; allowed: (0, 1]"
+    if config.train.targets == "prefix":
+        yield "train.targets=prefix gives pretraining one user in many; allowed: all, windows"
 
 
 def _eval_conflicts(config: ConfigDict) -> Iterator[str]:

@@ -165,16 +165,18 @@ def make_layout(
     packed: bool = True,
     last_target_only: bool = False,
     row_multiple: int = 1,
+    room: int = 0,
 ) -> Layout:
     """Packs `examples` into rows of `width` and deals about `batch_size` of them to a step.
 
     Not `packed`, or where packing would save less than a tenth of the rows: one history a row.
+    `room`: cells left free behind each history, for which rows are as much wider (for a [UR] token: 1).
     `row_multiple`: devices that share the rows; it appends empty rows, which changes no draw and no value.
     """
     count = len(examples.length_E)
     steps = -(-count // batch_size)
     class_E = examples.length_E
-    row_S, column_S, length_S = pack(examples.length_E, width)
+    row_S, column_S, length_S = pack(examples.length_E + room, width + room)
     rows = row_S.max() + 1
     packed = packed and steps <= rows <= WORTH_PACKING * count  # with fewer rows than steps, some would be empty
     if not packed:
@@ -206,7 +208,7 @@ def make_layout(
         nth_U=int32(nth_U),
         steps=steps,
         rows=-(-rows // row_multiple) * row_multiple,
-        width=width,
+        width=width + room,
         packed=packed,
         last_target_only=last_target_only,
         positions=positions,

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from seqrec_jax.data.batches import Batch
+from seqrec_jax.data.batches import Batch, cells, position_ids
 
+USER_TOKEN = -1  # stands for [UR] among a batch's items
 HIDE = -1e30  # added to attention scores of hidden cells; finite, so that a fully hidden row stays finite
 
 
@@ -86,7 +87,7 @@ class Transformer(nn.Module):
         init = initializer(config)
         norm = lambda name: nn.LayerNorm(config.norm_epsilon, dtype=jnp.float32, name=name)  # noqa: E731
         keys = [None] * (config.layers + 1) if key is None else jax.random.split(key, config.layers + 1)
-        positions = self.param("positions", init, (config.max_length, config.dim))
+        positions = self.param("positions", init, (config.max_length + config.user_token, config.dim))
         x = embedded_RxLxD * (config.dim**0.5 if config.scale_embedding else 1.0) + positions[positions_RxL]
         x = norm("norm_input")(x) if config.input_norm else x
         x = dropout(keys[0], x, embedding_rate).astype(config.dtype).reshape(-1, config.dim)
@@ -119,6 +120,8 @@ def init(key: jax.Array, config: ConfigDict, num_items: int, *, causal: bool = T
     zeros = jnp.zeros((1, config.max_length), jnp.int32)
     embedded = jnp.zeros((1, config.max_length, config.dim))
     encoder = Transformer(config, causal).init(key_encoder, embedded, zeros, zeros, None, 0.0, 0.0)["params"]
+    if config.user_token:
+        encoder |= {"user_token": initializer(config)(jax.random.fold_in(key_encoder, 0), (config.dim,))}
     return {"items": items_VxD, "encoder": encoder}
 
 
@@ -127,10 +130,28 @@ def encode(
 ) -> jax.Array:
     """hidden_RxLxD float32. `key` None: no dropout; hparams holds the two dropout rates."""
     embedded_RxLxD = params["items"][batch.items_RxL]
+    if config.user_token:
+        is_token_RxLx1 = (batch.items_RxL == USER_TOKEN)[..., None]
+        embedded_RxLxD = jnp.where(is_token_RxLx1, params["encoder"]["user_token"], embedded_RxLxD)
     return Transformer(config, causal).apply(
         {"params": params["encoder"]}, embedded_RxLxD, batch.positions_RxL, batch.segments_RxL, key,
         hparams["embedding_dropout"], hparams["hidden_dropout"],
     )  # fmt: skip
+
+
+def append_user_token(batch: Batch, positions: str) -> Batch:
+    """[UR] in the free cell behind every history, as its last item, at position L + 1 (CLUE, Section IV-C)."""
+    rows, width = batch.items_RxL.shape
+    length_U = jnp.where(batch.length_U > 0, batch.length_U + 1, 0)
+    segments_RxL, offset_RxL = cells(batch.row_U, batch.column_U, length_U, rows, width)
+    length_RxL = length_U[jnp.maximum(segments_RxL - 1, 0)]
+    is_token_RxL = (segments_RxL > 0) & (offset_RxL == length_RxL - 1)
+    return batch.replace(
+        items_RxL=jnp.where(is_token_RxL, USER_TOKEN, batch.items_RxL),
+        segments_RxL=segments_RxL,
+        positions_RxL=position_ids(offset_RxL, length_RxL, width, positions),
+        length_U=length_U,
+    )
 
 
 def last_states(hidden_RxLxD: jax.Array, batch: Batch) -> jax.Array:

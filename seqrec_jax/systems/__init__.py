@@ -4,7 +4,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from seqrec_jax.data.dataset import SequenceDataset
-from seqrec_jax.systems import cl4srec, duorec, pop, s3rec, sasrec
+from seqrec_jax.systems import cl4srec, clue, duorec, pop, s3rec, sasrec
 from seqrec_jax.systems.system import System, hparams_of
 
 BUILDERS = {
@@ -14,6 +14,7 @@ BUILDERS = {
     "cl4srec": cl4srec.build,
     "duorec": duorec.build,
     "s3rec": s3rec.build,
+    "clue": clue.build,
 }
 
 __all__ = ["BUILDERS", "System", "build", "hparams_of"]
