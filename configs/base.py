@@ -43,6 +43,16 @@ def get_config(argument: str = "") -> ConfigDict:
     data.synthetic_items = 2000
     data.synthetic_seed = 0
 
+    config.profile = profile = ConfigDict()
+    profile.labels = ""  # of users: "" = none | included: those of the named or the embedded data | a file
+    profile.label = "gender"  # the column that is to be predicted (users.dat: gender, age, occupation)
+    profile.user_column = "user_id"  # of the users' ids in it; users.dat: always its first
+
+    config.cold_start = cold_start = ConfigDict()
+    cold_start.targets = ""  # a file of the items that users met in another catalogue; data.path holds their histories
+    cold_start.user_column = "user_id"  # names of its columns
+    cold_start.item_column = "item_id"
+
     config.encoder = encoder = ConfigDict()
     # transformer | gru (causal; reads max_length, dim, layers, the dropouts, dtype, and init and init_scale for items)
     encoder.kind = "transformer"

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "seqrec_jax"
 ORDER = [
     "errors", "protocol", "validate", "config",
     "data.dataset", "data.tfds_interactions", "data.tables", "data.sources", "data.synthetic", "data.attributes",
-    "data.prepare",
+    "data.prepare", "data.splits", "data.labels", "data.cold_start",
     "data.batches", "data.prefixes", "data.same_target",
     "augment", "cloze", "sharding",
     "encoders.transformer", "encoders.gru", "encoders",

@@ -12,6 +12,7 @@ import numpy as np
 from flax import struct
 
 from seqrec_jax.data.dataset import SequenceDataset
+from seqrec_jax.data.splits import trained_on
 
 WORTH_PACKING = 0.9  # packed rows a history, above which histories are left one a row
 
@@ -53,10 +54,9 @@ def train_lengths(dataset: SequenceDataset) -> np.ndarray:
     Nothing for those whom dataset.train_fraction leaves out. All that counts or draws training actions asks here.
     """
     lengths_U = np.diff(dataset.offsets_U1)
-    drawn_U = np.argsort(np.random.PCG64(0).random_raw(len(lengths_U)))  # the same in every version of NumPy
-    left_out = drawn_U[max(round(dataset.train_fraction * len(lengths_U)), 1) :]
+    users_U = np.arange(len(lengths_U))
     train_U = np.where(lengths_U >= 3, lengths_U - 2, lengths_U)
-    train_U[left_out] = 0
+    train_U[~np.isin(users_U, trained_on(users_U, dataset))] = 0
     return train_U
 
 
@@ -95,9 +95,12 @@ def train_examples(dataset: SequenceDataset, targets: str, max_length: int, *, w
 
 
 def history_examples(dataset: SequenceDataset, held_out: int, max_length: int) -> Examples:
-    """The last `max_length` items before each evaluated user's held-out item (1 = test, 2 = validation)."""
+    """The last `max_length` items before each evaluated user's held-out item (1 = test, 2 = validation).
+
+    0 holds nothing out: the last `max_length` items of every user.
+    """
     lengths_U = np.diff(dataset.offsets_U1)
-    users_E = np.flatnonzero(lengths_U >= 3)
+    users_E = np.flatnonzero(lengths_U >= (3 if held_out else 1))
     inputs_E = lengths_U[users_E] - held_out
     length_E = np.minimum(inputs_E, max_length)
     return _examples(dataset.offsets_U1[users_E] + inputs_E - length_E, length_E, users_E, 0)

@@ -33,7 +33,7 @@ FORMATS = {
     "tsv": Format((".tsv",), "\t", quotes=True),
     "parquet": Format((".parquet",)),
     "jsonl": Format((".jsonl", ".json")),
-    "recbole": Format((".inter",), "\t", typed=True),
+    "recbole": Format((".inter", ".item", ".user"), "\t", typed=True),
     "movielens": Format((".dat",), "::", ("user_id", "item_id", "rating", "timestamp"), encoding="latin-1"),
     "tfds": Format(()),
 }
@@ -62,6 +62,15 @@ class Table:
     rows_read: int  # rows kept and rejected; blank lines and the header are none
     blank_lines: int = 0
     rejections: tuple[Rejection, ...] = ()
+
+
+def form_of(path: Path, remedy: str) -> str:
+    """The key of FORMATS that the name of `path` tells. Raises UserError, with `remedy`, where it tells none."""
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    for name, form in FORMATS.items():
+        if suffix in form.suffixes:
+            return name
+    raise UserError(f"the name of {path} does not tell its format: {remedy}")
 
 
 def read_table(
