@@ -14,7 +14,7 @@ PACKAGE = ROOT / "seqrec_jax"
 ORDER = [
     "errors", "protocol", "validate", "config",
     "data.dataset", "data.tfds_interactions", "data.files", "data.tables", "data.sources", "data.synthetic", "data.attributes",
-    "data.prepare", "data.splits", "data.labels", "data.cold_start",
+    "data.prepare", "data.splits", "data.labels", "data.cold_start", "data.histories", "data.vectors",
     "data.batches", "data.prefixes", "data.same_target",
     "augment", "cloze", "sharding",
     "encoders.transformer", "encoders.gru", "encoders",
@@ -24,7 +24,7 @@ ORDER = [
     "optimizer", "train_step",
     "ranking", "evaluate", "analysis",
     "checkpoint", "transfer", "workdir", "train",
-    "recommend", "report", "compare", "run", "main",
+    "recommend", "embed", "report", "compare", "run", "main",
     "",  # the package itself: only a door to the finished product
 ]  # fmt: skip
 
