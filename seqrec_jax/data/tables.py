@@ -137,7 +137,9 @@ def _raw_pieces(
         if form == "lines":
             frame = _histories(piece, *columns)
         elif form == "jsonl":
-            frame = _json_objects(piece, path, columns)
+            frame = _json_objects(piece, columns)
+            if not found:
+                _demand(columns, _keys(frame, columns), path)
         else:
             piece = _split(piece, FORMATS[form])
             if not names:
@@ -215,17 +217,19 @@ def _histories(lines: pl.DataFrame, user: str, item: str) -> pl.DataFrame:
     return rows.with_columns(raw=pl.concat_str(user, item, separator=" ", ignore_nulls=True))
 
 
-def _json_objects(lines: pl.DataFrame, path: Path, columns: Mapping[str, str]) -> pl.DataFrame:
+def _json_objects(lines: pl.DataFrame, columns: Mapping[str, str]) -> pl.DataFrame:
     """One JSON object per line; null and a missing key are an empty value."""
     raw = pl.col("raw")
     values = {column: raw.str.json_path_match(f"$[{json.dumps(column)}]") for column in columns}
     no_object = ~raw.str.starts_with("{") | raw.str.json_path_match("$").is_null()
-    frame = lines.with_columns(_reason("not a JSON object", no_object), **values)
-    first = frame.filter(pl.col("reason").is_null())["raw"].head(1)
-    present = [column for column in columns if frame[column].null_count() < frame.height]
-    if len(first):
-        _demand(columns, list(dict.fromkeys([*json.loads(first[0]), *present])), path)
-    return frame
+    return lines.with_columns(_reason("not a JSON object", no_object), **values)
+
+
+def _keys(objects: pl.DataFrame, columns: Mapping[str, str]) -> list[str]:
+    """Those of the first object, and `columns` that any has; all of `columns` where there is no object."""
+    first = objects.filter(pl.col("reason").is_null())["raw"].head(1)
+    present = [column for column in columns if objects[column].null_count() < objects.height]
+    return list(dict.fromkeys([*json.loads(first[0]), *present])) if len(first) else list(columns)
 
 
 def _parquet(path: Path, columns: Mapping[str, str], lines: int | None) -> Iterator[pl.DataFrame]:

@@ -31,7 +31,8 @@ def vector_writer(path: Path, column: str, dim: int) -> Iterator[Callable[[Seque
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}. Name another file with --out=FILE.parquet") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def read_vectors(path: Path, ids: Sequence[str], column: str = "user_id") -> np.ndarray:
