@@ -141,9 +141,9 @@ def pack_steps(histories: Histories, first: int, last: int, max_length: int, wid
     count_T = np.bincount(step_U, minlength=steps)
     slots = 1 << int(count_T.max() - 1).bit_length()
     slot_U = np.empty(len(length_U), np.int64)
-    slot_U[np.argsort(step_U, kind="stable")] = np.arange(steps * slots).reshape(steps, slots)[
-        np.arange(slots) < count_T[:, None]
-    ]
+    in_row_order = np.lexsort((column_U, row_U, step_U))  # as rows_of wants them
+    real_TxU = np.arange(slots) < count_T[:, None]
+    slot_U[in_row_order] = np.flatnonzero(real_TxU)
     of_slots = np.zeros((3, steps * slots), np.int32)
     of_slots[:, slot_U] = row_U, column_U, length_U
     cells_A = np.zeros(steps * rows * width, np.int32)
