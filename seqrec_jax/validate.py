@@ -6,16 +6,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from seqrec_jax.errors import UserError, unknown
-from seqrec_jax.protocol import PROTOCOLS
+from seqrec_jax.protocol import PROTOCOLS, TASKS
 
-SYSTEMS = ("pop", "sasrec", "sasrec_aug", "cl4srec", "duorec", "s3rec", "clue")
+SYSTEMS = ("pop", "sasrec", "sasrec_aug", "cl4srec", "duorec", "s3rec", "clue", "downstream")
 PRETRAINING = ("s3rec", "clue")  # systems without a next-item loss, for others to start from
-USER_TOKEN = ("clue",)  # systems that read the [UR] token
+USER_TOKEN = ("clue", "downstream")  # systems that read the [UR] token
 METRICS = (*(f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in (1, 5, 10, 20)), "mrr")
 
 # Intervals in the notation of mathematics. Every number of configs/base.py has one.
 RANGES = {  # for a tuple: of each element
     "seed": "[0, 2147483647]",
+    "split_seed": "[0, 2147483647]",
+    "profile.folds": "[1, inf)",
     "data.min_user": "[0, inf)",
     "data.min_item": "[0, inf)",
     "data.synthetic_users": "[1, inf)",
@@ -69,6 +71,7 @@ RANGES = {  # for a tuple: of each element
 }
 CHOICES = {  # for a tuple: of each element
     "system": SYSTEMS,
+    "task": ("", "next_item", *TASKS),
     "data.format": ("", "lines", "csv", "tsv", "parquet", "jsonl", "recbole", "movielens", "tfds"),
     "data.on_bad_row": ("error", "drop"),
     "data.repeats": ("keep", "drop"),
@@ -100,7 +103,7 @@ CHOICES = {  # for a tuple: of each element
     "eval.candidates": ("", "all", "sampled"),
     "eval.metric": ("", *METRICS),
     "pop.counts": ("train", "all"),
-    "report.baselines": tuple(system for system in SYSTEMS if system not in PRETRAINING),
+    "report.baselines": tuple(system for system in SYSTEMS if system not in (*PRETRAINING, "downstream")),
 }
 
 
@@ -200,6 +203,7 @@ def _training_conflicts(config: ConfigDict, data_devices: int) -> Iterator[str]:
     if config.system != "pop" and train.max_epochs == 0:
         yield f"train.max_epochs=0 does not train system={config.system}; allowed: [1, inf)"
     yield from _user_token_conflicts(config)
+    yield from _downstream_conflicts(config)
     if config.system == "s3rec" and not any(config.s3rec[name] for name in ("aap", "mip", "map", "sp")):
         yield "s3rec.aap, s3rec.mip, s3rec.map and s3rec.sp are all 0, so there is nothing to learn; set one above 0"
     if max(train.keep_epochs, default=0) > train.max_epochs:
@@ -240,6 +244,8 @@ def _user_token_conflicts(config: ConfigDict) -> Iterator[str]:
         )
     if encoder.user_token and encoder.kind != "transformer":
         yield f"encoder.kind={encoder.kind} has no [UR] token; allowed: transformer"
+    if encoder.user_token and set(config.report.baselines) > {"pop"}:
+        yield f"report.baselines={','.join(config.report.baselines)} has systems without the [UR] token; allowed: pop"
     if config.system != "clue":
         return
     if clue.pretraining == "clue" and config.train.batch_size < 2:
@@ -256,6 +262,27 @@ def _user_token_conflicts(config: ConfigDict) -> Iterator[str]:
         yield "clue.share=0 masks no item, so there is nothing to predict; allowed: (0, 1]"
     if config.train.targets == "prefix":
         yield "train.targets=prefix gives pretraining one user in many; allowed: all, windows"
+
+
+def _downstream_conflicts(config: ConfigDict) -> Iterator[str]:
+    train, task = config.train, config.task
+    if bool(task) != (config.system == "downstream"):
+        yield (
+            f"task={task} with system={config.system}: a task belongs to system=downstream (configs/clue_finetune.py); "
+            f"allowed there: {allowed('task', '')}"
+        )
+    if not task:
+        return
+    if train.targets != "prefix":
+        yield f"train.targets={train.targets}: system=downstream learns one target a history; allowed: prefix"
+    if config.loss.next_item != "full":
+        yield f"loss.next_item={config.loss.next_item}: system=downstream learns by the full softmax; allowed: full"
+    if config.freeze_encoder and task == "next_item":
+        yield "freeze_encoder=True leaves task=next_item nothing to train: its softmax is tied to the items"
+    if config.freeze_encoder and train.weight_decay:
+        yield f"train.weight_decay={train.weight_decay} would change what freeze_encoder=True holds fast; allowed: 0"
+    if task in TASKS and config.report.baselines:
+        yield f"report.baselines={','.join(config.report.baselines)} rank items, task={task} does not; leave it out"
 
 
 def _eval_conflicts(config: ConfigDict) -> Iterator[str]:
