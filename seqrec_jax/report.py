@@ -23,7 +23,7 @@ FIGURES = {  # of results["analysis"]: what they are called
 
 def table(results: dict) -> str:
     """The test (and validation) metrics with the baselines beside them, under the protocol line."""
-    data, name = results["dataset"], results.get("task") or results["system"]
+    data, name = results["dataset"], name_of(results)
     rows = [(f"{name} (test)", results["test"])]
     if "std" in results:
         rows.append((f"  deviation of {len(results['folds'])} folds", results["std"]))
@@ -54,6 +54,11 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def name_of(results: dict) -> str:
+    """What a run is called: by its task, if it has one, else by its system."""
+    return results.get("task") or results["system"]
+
+
 def columns_of(metrics: dict) -> list[str]:
     """The metrics that tables and bars show: COLUMNS of a ranking, else all."""
     return [name for name in COLUMNS if name in metrics] or list(metrics)
@@ -65,7 +70,8 @@ def plots(workdir: Path, results: dict) -> None:
     """
     folder, data = workdir / "plots", results["dataset"]["name"]
     folder.mkdir(exist_ok=True)
-    runs = {results["system"]: workdir} | {name: workdir / "baselines" / name for name in results["baselines"]}
+    own = name_of(results)
+    runs = {own: workdir} | {name: workdir / "baselines" / name for name in results["baselines"]}
     if "folds" in results:
         runs = {f"fold {number}": workdir / "folds" / str(number) for number in range(len(results["folds"]))}
     lines = {name: read_lines(run / "metrics.jsonl") for name, run in runs.items()}
@@ -80,12 +86,12 @@ def plots(workdir: Path, results: dict) -> None:
     if found:
         with picture(folder / "spectrum.png") as (axes,):
             draw_spectra(axes, found, f"singular values of the items, {data}")
-    if results["system"] in found:
+    if own in found:
         with picture(folder / "projection.png") as (axes,):
-            draw_items(axes, found[results["system"]], f"items of {results['system']}, {data}")
-        if "users_Nx2" in found[results["system"]]:
+            draw_items(axes, found[own], f"items of {own}, {data}")
+        if "users_Nx2" in found[own]:
             with picture(folder / "users.png") as (axes,):
-                draw_users(axes, found[results["system"]]["users_Nx2"], f"users of {results['system']}, {data}")
+                draw_users(axes, found[own]["users_Nx2"], f"users of {own}, {data}")
     if has_analysis(lines):
         with picture(folder / "alignment.png", panels=2) as panels:
             draw_analysis(panels, lines)
@@ -95,7 +101,7 @@ def plots(workdir: Path, results: dict) -> None:
     columns = columns_of(results["test"])
     if not columns:
         return
-    scores = {results["system"]: results["test"]} | {n: b["test"] for n, b in results["baselines"].items()}
+    scores = {own: results["test"]} | {n: b["test"] for n, b in results["baselines"].items()}
     with picture(folder / "test.png") as (axes,):
         for index, (name, metrics) in enumerate(scores.items()):
             places = [place + index * 0.8 / len(scores) for place in range(len(columns))]
