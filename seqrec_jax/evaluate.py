@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from seqrec_jax import ranking
 from seqrec_jax.data.batches import Batch, Layout, batch_of, history_examples, make_layout, plan_epoch
 from seqrec_jax.data.dataset import SequenceDataset
-from seqrec_jax.data.tables import read_bytes
+from seqrec_jax.data.files import read_bytes
 from seqrec_jax.errors import UserError
 from seqrec_jax.protocol import UNJUDGED, Protocol, protocol_of, ranks_items
 from seqrec_jax.sharding import replicate, replicated, split_rows

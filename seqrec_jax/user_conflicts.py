@@ -25,10 +25,13 @@ def _token_conflicts(config: ConfigDict) -> Iterator[str]:
         )
     if encoder.user_token and encoder.kind != "transformer":
         yield f"encoder.kind={encoder.kind} has no [UR] token; allowed: transformer"
-    if encoder.user_token and set(config.report.baselines) > {"pop"}:
-        yield f"report.baselines={','.join(config.report.baselines)} has systems without the [UR] token; allowed: pop"
+    others = config.system in USER_TOKEN and set(config.report.baselines) - {"pop"}
+    if others:
+        yield f"report.baselines names {', '.join(sorted(others))}, without the [UR] token; allowed: pop"
     if config.system != "clue":
         return
+    if config.report.baselines:
+        yield "report.baselines=pop ranks items, system=clue does not; leave it out"
     if clue.pretraining == "clue" and config.train.batch_size < 2:
         yield (
             f"train.batch_size={config.train.batch_size} leaves CLUE's batch normalisation a single user, whose "

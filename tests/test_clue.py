@@ -289,7 +289,7 @@ def test_both_ablations_collapse_where_the_method_does_not():
         (["--config.encoder.embedding_dropout=0", "--config.encoder.hidden_dropout=0"], "makes two equal views"),
         (["--config.clue.pretraining=masked_items", "--config.clue.share=0"], "clue.share=0 masks no item"),
         (["--config.train.targets=prefix"], "train.targets=prefix"),
-        (["--config.report.baselines=sasrec"], "systems without the [UR] token"),
+        (["--config.report.baselines=sasrec"], "names sasrec, without the [UR] token"),
         (["--config.task=profile"], "a task belongs to system=downstream"),
         (["--config.data.synthetic_users=1"], "one training user"),
     ],

@@ -9,6 +9,7 @@ import polars as pl
 
 from seqrec_jax.data import tables
 from seqrec_jax.data.dataset import SequenceDataset
+from seqrec_jax.data.files import read_bytes
 from seqrec_jax.data.sources import ATTRIBUTES
 from seqrec_jax.data.synthetic import synthetic_clusters
 from seqrec_jax.errors import UserError
@@ -129,7 +130,7 @@ def report_line(known: dict) -> str:
 
 def _json(path: Path) -> pl.DataFrame:
     try:
-        found = json.loads(tables.read_bytes(path))
+        found = json.loads(read_bytes(path))
     except ValueError as error:
         raise UserError(f"{path} is no JSON: {error}") from None
     if not isinstance(found, dict) or not found:
@@ -145,5 +146,5 @@ def _json(path: Path) -> pl.DataFrame:
 
 def _token_sequences(path: Path) -> tuple[str, ...]:
     """The names of a RecBole file's token_seq columns."""
-    header = tables.read_bytes(path).split(b"\n", 1)[0].decode("utf-8-sig", "replace").strip()
+    header = read_bytes(path).split(b"\n", 1)[0].decode("utf-8-sig", "replace").strip()
     return tuple(name for name, _, kind in (part.partition(":") for part in header.split("\t")) if kind == "token_seq")

@@ -1,17 +1,16 @@
 """The one reader of everything tabular: strings, checked row by row, each with its line in the source."""
 
 import dataclasses
-import gzip
 import io
 import json
 import re
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
 
 from seqrec_jax.data import tfds_interactions
+from seqrec_jax.data.files import read_bytes, read_lines
 from seqrec_jax.errors import UserError, unknown
 
 
@@ -89,107 +88,124 @@ def read_table(
 
     Raises UserError, also for a missing, empty or damaged file and for missing columns.
     """
-    blank_lines = 0
-    if form == "tfds":
-        frame = _cells(tfds_interactions.read(path), path, columns)
-    elif form == "parquet":
-        frame = _parquet(path, columns)
-    else:
-        lines = _text_lines(path, FORMATS[form].encoding)
-        blank = lines["raw"].str.strip_chars(" ") == ""
-        blank_lines = int(blank.sum())
-        lines = lines.filter(~blank)
-        if lines.is_empty():
-            raise UserError(f"{path} is empty: it holds no line besides blank ones")
-        if form == "lines":
-            frame = _histories(lines, *columns)
-        elif form == "jsonl":
-            frame = _json_objects(lines, path, columns)
-        else:
-            frame = _delimited(lines, path, FORMATS[form], tuple(names) or FORMATS[form].names, columns)
-    if frame.is_empty():
+    (table,) = read_pieces(path, form, columns, on_bad_row, names)
+    return table
+
+
+def read_pieces(
+    path: Path,
+    form: str,
+    columns: Mapping[str, str],
+    on_bad_row: str = "error",
+    names: Sequence[str] = (),
+    lines: int | None = None,
+) -> Iterator[Table]:
+    """What `read_table` gives, from so many lines of the file at a time (None: all), for files beyond the memory."""
+    found = False
+    for frame, blank_lines in _raw_pieces(path, form, columns, tuple(names) or FORMATS[form].names, lines):
+        if frame.is_empty():
+            continue
+        found = True
+        frame = frame.with_columns(pl.col(*columns).str.strip_chars())
+        faults = (fault for column, kind in columns.items() for fault in _faults(column, kind))
+        frame = frame.with_columns(reason=pl.coalesce("reason", *faults))
+        rejections = _reject(frame.filter(pl.col("reason").is_not_null()), path, on_bad_row)
+        good = frame.filter(pl.col("reason").is_null()).select("line", *columns)
+        numbers = [_number(good[column]) for column, kind in columns.items() if kind == "number"]
+        yield Table(good.with_columns(numbers), frame.height, blank_lines, rejections)
+    if not found:
         raise UserError(f"{path} holds no rows, only a header")
-    frame = frame.with_columns(pl.col(*columns).str.strip_chars())
-    frame = frame.with_columns(
-        reason=pl.coalesce("reason", *(fault for column, kind in columns.items() for fault in _faults(column, kind)))
-    )
-    rejections = _reject(frame.filter(pl.col("reason").is_not_null()), path, on_bad_row)
-    good = frame.filter(pl.col("reason").is_null()).select("line", *columns)
-    numbers = [_number(good[column]) for column, kind in columns.items() if kind == "number"]
-    return Table(good.with_columns(numbers), frame.height, blank_lines, rejections)
 
 
-def read_bytes(path: Path) -> bytes:
-    """The file's bytes, decompressed where they are gzip. Raises UserError where they cannot be had."""
-    try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: correct --config.data.path or --config.data.dir") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder, not a file (TFDS folders need --config.data.format=tfds)") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged or cut short: {error}. Copy or download it again") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if not data:
-        raise UserError(f"{path} is empty")
-    return data
+def _raw_pieces(
+    path: Path, form: str, columns: Mapping[str, str], names: tuple[str, ...], lines: int | None
+) -> Iterator[tuple[pl.DataFrame, int]]:
+    """([line, raw, reason, *columns] as text, blank lines) of each piece."""
+    if form == "tfds":
+        yield _cells(tfds_interactions.read(path), path, columns), 0
+        return
+    if form == "parquet":
+        yield from ((frame, 0) for frame in _parquet(path, columns, lines))
+        return
+    blank_lines, found = 0, False
+    for piece in _text_lines(path, FORMATS[form].encoding, lines):
+        blank = piece["raw"].str.strip_chars(" ") == ""
+        blank_lines += int(blank.sum())
+        piece = piece.filter(~blank)
+        if piece.is_empty():
+            continue
+        if form == "lines":
+            frame = _histories(piece, *columns)
+        elif form == "jsonl":
+            frame = _json_objects(piece, columns)
+            if not found:
+                _demand(columns, _keys(frame, columns), path)
+        else:
+            piece = _split(piece, FORMATS[form])
+            if not names:
+                names, piece = _header(piece, path, FORMATS[form]), piece.slice(1)
+            frame = _delimited(piece, path, names, columns)
+        yield frame, blank_lines
+        blank_lines, found = 0, True
+    if not found:
+        raise UserError(f"{path} is empty: it holds no line besides blank ones")
 
 
-def _text_lines(path: Path, encoding: str) -> pl.DataFrame:
+def _text_lines(path: Path, encoding: str, lines: int | None) -> Iterator[pl.DataFrame]:
     """[line, raw, reason]: the file's lines; `reason` is set where the bytes are not text."""
-    text = read_bytes(path).decode(encoding, "surrogateescape")
-    text = re.sub("[\udc80-\udcff]+", _NOT_UTF8, text)
-    raw = text.removesuffix("\n").split("\n")
-    return (
-        pl.DataFrame({"raw": raw})
-        .with_row_index("line", offset=1)
-        .with_columns(
-            pl.col("raw").str.strip_suffix("\r"),
-            reason=pl.when(pl.col("raw").str.contains(_NOT_UTF8, literal=True))
-            .then(pl.lit("bytes that are not UTF-8"))
-            .when(pl.col("raw").str.contains("\x00", literal=True))
-            .then(pl.lit("a NUL byte")),
+    begin = 1
+    for data in read_lines(path, lines) if lines else [read_bytes(path)]:
+        text = data.decode(encoding, "surrogateescape")
+        text = re.sub("[\udc80-\udcff]+", _NOT_UTF8, text)
+        raw = text.removesuffix("\n").split("\n")
+        yield (
+            pl.DataFrame({"raw": raw})
+            .with_row_index("line", offset=begin)
+            .with_columns(
+                pl.col("raw").str.strip_suffix("\r"),
+                reason=pl.when(pl.col("raw").str.contains(_NOT_UTF8, literal=True))
+                .then(pl.lit("bytes that are not UTF-8"))
+                .when(pl.col("raw").str.contains("\x00", literal=True))
+                .then(pl.lit("a NUL byte")),
+            )
         )
-    )
+        begin, encoding = begin + len(raw), encoding.removesuffix("-sig")
 
 
-def _delimited(
-    lines: pl.DataFrame, path: Path, form: Format, names: tuple[str, ...], columns: Mapping[str, str]
-) -> pl.DataFrame:
-    """Splits lines at the separator. Lines are split one by one, so a row's line number is exact by construction."""
-    quoted = form.quotes and lines["raw"].str.contains('"', literal=True).any()
+def _split(lines: pl.DataFrame, form: Format) -> pl.DataFrame:
+    """Column `fields`. Lines are split one by one, so a row's line number is exact by construction."""
     sep, raw = form.separator, pl.col("raw")
-    if quoted:  # every field with the separator before it: quoted, or plain, or empty
-        raw = pl.lit(sep) + raw
-        fields = raw.str.extract_all(f'{sep}(?:"(?:[^"]|"")*"|[^"{sep}][^{sep}]*|)')
-    else:
-        fields = raw.str.split(sep)
-    lines = lines.with_columns(fields=fields)
-    if quoted:
-        unpaired = pl.col("fields").list.join("") != raw
-        lines = lines.with_columns(_reason("quotes that do not pair up within the line", unpaired))
+    if not (form.quotes and lines["raw"].str.contains('"', literal=True).any()):
+        return lines.with_columns(fields=raw.str.split(sep))
+    raw = pl.lit(sep) + raw  # every field with the separator before it: quoted, or plain, or empty
+    lines = lines.with_columns(fields=raw.str.extract_all(f'{sep}(?:"(?:[^"]|"")*"|[^"{sep}][^{sep}]*|)'))
+    unpaired = pl.col("fields").list.join("") != raw
+    lines = lines.with_columns(_reason("quotes that do not pair up within the line", unpaired))
+    field = pl.element().str.slice(1)
+    inner = field.str.strip_prefix('"').str.strip_suffix('"').str.replace_all('""', '"', literal=True)
+    value = pl.when(field.str.starts_with('"')).then(inner).otherwise(field)
+    return lines.with_columns(pl.col("fields").list.eval(value))
 
-    def value(index: int) -> pl.Expr:
-        field = pl.col("fields").list.get(index, null_on_oob=True)
-        if not quoted:
-            return field
-        field = field.str.slice(1)
-        inner = field.str.slice(1, field.str.len_chars().cast(pl.Int64) - 2).str.replace_all('""', '"', literal=True)
-        return pl.when(field.str.starts_with('"')).then(inner).otherwise(field)
 
-    if not names:
-        line, text, fault, header = lines.row(0)
-        if fault:
-            raise UserError(f"{path}:{line}: {fault} in the header: {_shown(text)}. Save the file as UTF-8 text")
-        names = tuple(lines.head(1).select(value(i).str.strip_chars().alias(str(i)) for i in range(len(header))).row(0))
-        names = tuple(name.partition(":")[0] for name in names) if form.typed else names
-        lines = lines.slice(1)
+def _header(lines: pl.DataFrame, path: Path, form: Format) -> tuple[str, ...]:
+    """The columns that the first line names."""
+    first = lines.row(0, named=True)
+    if first["reason"]:
+        raise UserError(
+            f"{path}:{first['line']}: {first['reason']} in the header: {_shown(first['raw'])}. Save the file as UTF-8 "
+            "text"
+        )
+    names = (name.strip() for name in first["fields"])
+    return tuple(name.partition(":")[0] if form.typed else name for name in names)
+
+
+def _delimited(lines: pl.DataFrame, path: Path, names: tuple[str, ...], columns: Mapping[str, str]) -> pl.DataFrame:
+    """The fields of each line as columns."""
     _demand(columns, names, path)
     wrong = pl.col("fields").list.len() != len(names)
     lines = lines.with_columns(_reason(f"wrong number of fields (expected {len(names)})", wrong))
-    return lines.select("line", "raw", "reason", **{column: value(names.index(column)) for column in columns})
+    values = {name: pl.col("fields").list.get(names.index(name), null_on_oob=True) for name in columns}
+    return lines.select("line", "raw", "reason", **values)
 
 
 def _histories(lines: pl.DataFrame, user: str, item: str) -> pl.DataFrame:
@@ -201,27 +217,35 @@ def _histories(lines: pl.DataFrame, user: str, item: str) -> pl.DataFrame:
     return rows.with_columns(raw=pl.concat_str(user, item, separator=" ", ignore_nulls=True))
 
 
-def _json_objects(lines: pl.DataFrame, path: Path, columns: Mapping[str, str]) -> pl.DataFrame:
+def _json_objects(lines: pl.DataFrame, columns: Mapping[str, str]) -> pl.DataFrame:
     """One JSON object per line; null and a missing key are an empty value."""
     raw = pl.col("raw")
     values = {column: raw.str.json_path_match(f"$[{json.dumps(column)}]") for column in columns}
     no_object = ~raw.str.starts_with("{") | raw.str.json_path_match("$").is_null()
-    frame = lines.with_columns(_reason("not a JSON object", no_object), **values)
-    first = frame.filter(pl.col("reason").is_null())["raw"].head(1)
-    present = [column for column in columns if frame[column].null_count() < frame.height]
-    if len(first):
-        _demand(columns, list(dict.fromkeys([*json.loads(first[0]), *present])), path)
-    return frame
+    return lines.with_columns(_reason("not a JSON object", no_object), **values)
 
 
-def _parquet(path: Path, columns: Mapping[str, str]) -> pl.DataFrame:
+def _keys(objects: pl.DataFrame, columns: Mapping[str, str]) -> list[str]:
+    """Those of the first object, and `columns` that any has; all of `columns` where there is no object."""
+    first = objects.filter(pl.col("reason").is_null())["raw"].head(1)
+    present = [column for column in columns if objects[column].null_count() < objects.height]
+    return list(dict.fromkeys([*json.loads(first[0]), *present])) if len(first) else list(columns)
+
+
+def _parquet(path: Path, columns: Mapping[str, str], lines: int | None) -> Iterator[pl.DataFrame]:
     try:
-        return _cells(pl.read_parquet(io.BytesIO(read_bytes(path))), path, columns)
+        if not lines:
+            yield _cells(pl.read_parquet(io.BytesIO(read_bytes(path))), path, columns)
+            return
+        scan, begin = pl.scan_parquet(path), 0
+        while len(frame := scan.slice(begin, lines).collect()):
+            yield _cells(frame, path, columns, begin)
+            begin += lines
     except pl.exceptions.PolarsError as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from None
 
 
-def _cells(frame: pl.DataFrame, path: Path, columns: Mapping[str, str]) -> pl.DataFrame:
+def _cells(frame: pl.DataFrame, path: Path, columns: Mapping[str, str], begin: int = 0) -> pl.DataFrame:
     """A typed frame as strings; times become their integer counts. `line` is the row number."""
     _demand(columns, frame.columns, path)
     lists = [name for name, kind in columns.items() if kind == "list" and frame.schema[name].is_nested()]
@@ -229,7 +253,7 @@ def _cells(frame: pl.DataFrame, path: Path, columns: Mapping[str, str]) -> pl.Da
     frame = frame.with_columns(**text)
     frame = frame.select(*columns).with_columns(pl.selectors.temporal().cast(pl.Int64)).cast(pl.String)
     raw = pl.concat_str(pl.all().fill_null(""), separator=", ")
-    return frame.with_columns(raw=raw, reason=pl.lit(None, pl.String)).with_row_index("line", offset=1)
+    return frame.with_columns(raw=raw, reason=pl.lit(None, pl.String)).with_row_index("line", offset=begin + 1)
 
 
 def _demand(columns: Mapping[str, str], names: Sequence[str], path: Path) -> None:
