@@ -100,7 +100,10 @@ def test_user_state_reads_the_whole_history_and_nothing_else():
         states_UxD = encoders.user_states(params, batch, encoder, None, STILL)
         return jnp.zeros((len(LENGTHS), 8)).at[batch.users_U].add(jnp.where(batch.users_U[:, None] >= 0, states_UxD, 0))
 
-    whole = states(batch_of(dataset))
+    whole, batch = states(batch_of(dataset)), encoders.append_user_token(batch_of(dataset), "left")
+    hidden_RxLxD = encoders.encode(params, batch, encoder, None, STILL, causal=False)
+    found = encoders.user_states(params, batch_of(dataset), encoder, None, STILL)
+    np.testing.assert_allclose(found, encoders.last_states(hidden_RxLxD, batch), atol=1e-5)
     np.testing.assert_allclose(whole, states(batch_of(dataset, packed=False)), atol=1e-5)
     user = 7
     last = dataset.offsets_U1[user + 1] - 3  # of the training part
@@ -265,7 +268,7 @@ def trained(**settings):
     arguments = layout, plan, replicate(MESH, system.data), hparams
     state = init_state(system, config, MESH)
     steps = make_train_steps(system, config, MESH, 1000)
-    state, _ = steps(state, 290, *arguments)
+    state, _ = steps(state, 590, *arguments)
     _, sums = steps(state, 10, *arguments)
     return float(sums["above_minimum"]) / 10, float(sums["spread"]) / 10
 
