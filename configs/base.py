@@ -13,11 +13,14 @@ def get_config(argument: str = "") -> ConfigDict:
     """The defaults: SASRec on the embedded synthetic data."""
     config = ConfigDict()
     config.name = "base"  # names the default workdir
-    config.system = "sasrec"  # pop | sasrec | sasrec_aug | cl4srec | duorec | s3rec, clue (pretraining)
+    config.system = "sasrec"  # pop | sasrec | sasrec_aug | cl4srec | duorec | s3rec, clue (pretraining) | downstream
     config.seed = 0  # every random stream of the run
     # Whose parameters this run starts from: a workdir's best checkpoint (RUN; of a pretraining run the last) or another
     # one (RUN@best, RUN@last, RUN@STEP, RUN@epochN, or the checkpoint's folder); "" = from scratch
     config.init_from = ""
+    config.task = ""  # of system=downstream: next_item | profile (a label of users) | cold_start (another catalogue)
+    config.freeze_encoder = False  # downstream: the new head alone is trained (a linear probe)
+    config.split_seed = 0  # profile, cold_start: who trains and who tests, whatever the run's seed
 
     config.data = data = ConfigDict()
     data.name = ""  # a named data set (set by the argument after the colon); "" = data.path, or synthetic data
@@ -46,6 +49,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.profile = profile = ConfigDict()
     profile.labels = ""  # of users: "" = none | included: those of the named or the embedded data | a file
     profile.label = "gender"  # the column that is to be predicted (users.dat: gender, age, occupation)
+    profile.folds = 5  # runs, each tested on another part of the users; 1: one run, 80/5/15 percent of them (the paper)
     profile.user_column = "user_id"  # of the users' ids in it; users.dat: always its first
 
     config.cold_start = cold_start = ConfigDict()

@@ -78,7 +78,7 @@ def read_run(workdir: Path) -> Run:
 
 def page(runs: Sequence[Run], *, mixed: bool) -> str:
     """The whole HTML page; every text in it is escaped."""
-    named = {f"{number} {run.results['system']}": run for number, run in enumerate(runs, 1)}
+    named = {f"{number} {report.name_of(run.results)}": run for number, run in enumerate(runs, 1)}
     protocols = "".join(f"<p>{html.escape(line)}</p>" for line in dict.fromkeys(map(_protocol, runs)))
     pictures = "".join(
         f'<p><img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{html.escape(title)}"></p>'
@@ -92,21 +92,22 @@ def page(runs: Sequence[Run], *, mixed: bool) -> str:
 
 
 def _table(runs: Sequence[Run], mixed: bool) -> str:
-    heads = ["run", "system", "workdir", "protocol", "data", "seed", *(f"test {name}" for name in report.COLUMNS)]
+    columns = list(dict.fromkeys(name for run in runs for name in report.columns_of(run.results["test"])))
+    heads = ["run", "system", "workdir", "protocol", "data", "seed", *(f"test {name}" for name in columns)]
     heads += ["best step", "steps", "seconds", *report.FIGURES.values(), "collapsed"]
     caption = f'<caption class="warning">{MIXED}</caption>' if mixed else ""
-    rows = [heads, *(_row(number, run) for number, run in enumerate(runs, 1))]
+    rows = [heads, *(_row(number, run, columns) for number, run in enumerate(runs, 1))]
     cells = ["".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row)
              for tag, row in zip(["th", *["td"] * len(runs)], rows, strict=True)]  # fmt: skip
     return f"<table>{caption}" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
 
 
-def _row(number: int, run: Run) -> list[str]:
+def _row(number: int, run: Run, columns: list[str]) -> list[str]:
     results, collapsed = run.results, run.results.get("collapsed")
     figures = results.get("analysis") or {}
     return [
-        str(number), results["system"], str(run.workdir), results["protocol"], _data(run), str(results["seed"]),
-        *(f"{results['test'][name]:.4f}" for name in report.COLUMNS),
+        str(number), report.name_of(results), str(run.workdir), results["protocol"], _data(run), str(results["seed"]),
+        *(f"{results['test'][name]:.4f}" if name in results["test"] else "" for name in columns),
         str(results.get("best_step", "")), f"{results['steps']:,}", f"{results['train_seconds']:.1f}",
         *(f"{figures[name]:.4f}" if name in figures else "" for name in report.FIGURES),
         f"at step {collapsed['step']}" if collapsed else "",

@@ -48,7 +48,8 @@ def embed(config: ConfigDict, workdir: Path, kind: str, histories: Path | None, 
         found = read_histories(histories, config.data, model.item_ids.tolist())
     else:
         dataset = prepare(config.data, cache)
-        checkpoint.check_data(model.meta, dataset, workdir)
+        trained_on = model.meta["dataset_hash"].partition("-")[0]  # what a task adds is not read here
+        checkpoint.check_data({"dataset_hash": trained_on}, dataset, workdir)
         found = Histories(pl.Series(dataset.user_ids.tolist()), dataset.items_A, dataset.offsets_U1)
     count, begin = len(found.user_ids), time.perf_counter()
     with (

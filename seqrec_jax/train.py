@@ -80,7 +80,7 @@ def train(
     system: System,
     layout: Layout,
     validate: Evaluator,
-    analysis: Analysis,
+    analysis: Analysis | None,
     mesh: Mesh,
     stop: threading.Event,
 ) -> tuple[TrainState, Progress, dict]:
@@ -190,7 +190,7 @@ def _exhausted(config, progress) -> bool:
 
 def _validate(config, validate, analysis, system, state, progress, epoch, lines, bar) -> None:
     step = int(state.step)
-    metrics, seen = validate(system, state.params), analysis.watch(system, state.params)
+    metrics, seen = validate(system, state.params), analysis.watch(system, state.params) if analysis else {}
     metric = validate.protocol.metric
     value = metrics.get(metric, step)  # without a metric, a later one is a better one
     progress.validated_step = step
@@ -199,9 +199,9 @@ def _validate(config, validate, analysis, system, state, progress, epoch, lines,
         progress.best_watch = seen
     else:
         progress.waiting += 1
-    if epoch >= JUDGED_FROM:
+    if metric and epoch >= JUDGED_FROM:  # without one, states may start alike for long
         _judge(analysis, progress, step, seen)
-    if config.report.analysis or not metric:
+    if analysis and (config.report.analysis or not metric):
         seen = seen | analysis.figures(system, state.params)
     lines.write("valid", step, metrics | seen | {"train_seconds": progress.train_seconds})
     judged = f" valid {metric} {value:.4f} (best {progress.best_value:.4f})" if metric else ""
@@ -209,7 +209,7 @@ def _validate(config, validate, analysis, system, state, progress, epoch, lines,
 
 
 def _judge(analysis, progress, step, seen) -> None:
-    if progress.collapsed is None:
+    if analysis and progress.collapsed is None:
         progress.collapsed = analysis.collapse(step, seen)
         if progress.collapsed:
             told = ", ".join(f"{WATCHED[name]} {value:.4f}" for name, value in seen.items())

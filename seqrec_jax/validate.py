@@ -6,16 +6,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from seqrec_jax.errors import UserError, unknown
-from seqrec_jax.protocol import PROTOCOLS
+from seqrec_jax.protocol import PROTOCOLS, TASKS
+from seqrec_jax.user_conflicts import user_conflicts
 
-SYSTEMS = ("pop", "sasrec", "sasrec_aug", "cl4srec", "duorec", "s3rec", "clue")
+SYSTEMS = ("pop", "sasrec", "sasrec_aug", "cl4srec", "duorec", "s3rec", "clue", "downstream")
 PRETRAINING = ("s3rec", "clue")  # systems without a next-item loss, for others to start from
-USER_TOKEN = ("clue",)  # systems that read the [UR] token
 METRICS = (*(f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in (1, 5, 10, 20)), "mrr")
 
 # Intervals in the notation of mathematics. Every number of configs/base.py has one.
 RANGES = {  # for a tuple: of each element
     "seed": "[0, 2147483647]",
+    "split_seed": "[0, 2147483647]",
+    "profile.folds": "[1, inf)",
     "data.min_user": "[0, inf)",
     "data.min_item": "[0, inf)",
     "data.synthetic_users": "[1, inf)",
@@ -69,6 +71,7 @@ RANGES = {  # for a tuple: of each element
 }
 CHOICES = {  # for a tuple: of each element
     "system": SYSTEMS,
+    "task": ("", "next_item", *TASKS),
     "data.format": ("", "lines", "csv", "tsv", "parquet", "jsonl", "recbole", "movielens", "tfds"),
     "data.on_bad_row": ("error", "drop"),
     "data.repeats": ("keep", "drop"),
@@ -100,7 +103,7 @@ CHOICES = {  # for a tuple: of each element
     "eval.candidates": ("", "all", "sampled"),
     "eval.metric": ("", *METRICS),
     "pop.counts": ("train", "all"),
-    "report.baselines": tuple(system for system in SYSTEMS if system not in PRETRAINING),
+    "report.baselines": tuple(system for system in SYSTEMS if system not in (*PRETRAINING, "downstream")),
 }
 
 
@@ -138,7 +141,8 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         raise UserError(
             f"mesh.model={config.mesh.model} does not divide the item table; allowed: 1, 2, 4, 8, 16, 32, 64"
         )
-    for message in (*_data_conflicts(config), *_training_conflicts(config, data), *_eval_conflicts(config)):
+    of_training = _training_conflicts(config, data)
+    for message in (*_data_conflicts(config), *of_training, *user_conflicts(config), *_eval_conflicts(config)):
         raise UserError(message)
 
 
@@ -199,7 +203,6 @@ def _training_conflicts(config: ConfigDict, data_devices: int) -> Iterator[str]:
         )
     if config.system != "pop" and train.max_epochs == 0:
         yield f"train.max_epochs=0 does not train system={config.system}; allowed: [1, inf)"
-    yield from _user_token_conflicts(config)
     if config.system == "s3rec" and not any(config.s3rec[name] for name in ("aap", "mip", "map", "sp")):
         yield "s3rec.aap, s3rec.mip, s3rec.map and s3rec.sp are all 0, so there is nothing to learn; set one above 0"
     if max(train.keep_epochs, default=0) > train.max_epochs:
@@ -228,34 +231,6 @@ def _training_conflicts(config: ConfigDict, data_devices: int) -> Iterator[str]:
         yield f"report.baselines names {config.system}, which is the system itself; leave it out"
     if len(set(baselines)) < len(baselines):
         yield f"report.baselines={','.join(baselines)} names a system twice"
-
-
-def _user_token_conflicts(config: ConfigDict) -> Iterator[str]:
-    encoder, clue = config.encoder, config.clue
-    if encoder.user_token != (config.system in USER_TOKEN):
-        needs = "needs" if config.system in USER_TOKEN else "does not read"
-        yield (
-            f"encoder.user_token={encoder.user_token}: system={config.system} {needs} the [UR] token; "
-            f"allowed: {not encoder.user_token}"
-        )
-    if encoder.user_token and encoder.kind != "transformer":
-        yield f"encoder.kind={encoder.kind} has no [UR] token; allowed: transformer"
-    if config.system != "clue":
-        return
-    if clue.pretraining == "clue" and config.train.batch_size < 2:
-        yield (
-            f"train.batch_size={config.train.batch_size} leaves CLUE's batch normalisation a single user, whose "
-            "statistics say nothing; allowed: [2, inf)"
-        )
-    if clue.pretraining == "clue" and clue.view == "dropout" and not encoder.embedding_dropout + encoder.hidden_dropout:
-        yield (
-            "clue.view=dropout with encoder.embedding_dropout=0 and encoder.hidden_dropout=0 makes two equal views; "
-            "set one above 0, or clue.view=mask, crop, permute"
-        )
-    if clue.pretraining == "masked_items" and not clue.share:
-        yield "clue.share=0 masks no item, so there is nothing to predict; allowed: (0, 1]"
-    if config.train.targets == "prefix":
-        yield "train.targets=prefix gives pretraining one user in many; allowed: all, windows"
 
 
 def _eval_conflicts(config: ConfigDict) -> Iterator[str]:

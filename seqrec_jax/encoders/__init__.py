@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from seqrec_jax.data.batches import Batch
 from seqrec_jax.encoders import gru, transformer
-from seqrec_jax.encoders.transformer import append_user_token, last_states, table_rows
+from seqrec_jax.encoders.transformer import append_user_token, last_states, table_rows, user_states
 
 ENCODERS = {"transformer": transformer, "gru": gru}
 
@@ -25,9 +25,3 @@ def encode(
 ) -> jax.Array:
     """hidden_RxLxD float32. `key` None: no dropout; hparams holds the two dropout rates. UserError as in `init`."""
     return ENCODERS[config.kind].encode(params, batch, config, key, hparams, causal=causal)
-
-
-def user_states(params: dict, batch: Batch, config: ConfigDict, key: jax.Array | None, hparams: dict) -> jax.Array:
-    """[U, D]: each history's state at the [UR] token behind it, which reads all of it (config.user_token)."""
-    batch = append_user_token(batch, config.positions)
-    return last_states(encode(params, batch, config, key, hparams, causal=False), batch)

@@ -79,7 +79,7 @@ def symmetrised_loss(p_2xUxD, z_2xUxD, valid_U, *, stop_gradient: bool = True) -
 
 
 def spread(z_2xUxD, valid_U) -> jax.Array:
-    """The standard deviation of the normalised projections, mean over dimensions: 0 collapsed, about 1/sqrt(D) ideal."""
+    """The standard deviation of the normalised projections, mean over dimensions: 1/sqrt(D) at best, 0 collapsed."""
     weight_Ux1 = (valid_U / jnp.maximum(valid_U.sum(), 1))[:, None]
     z_2xUxD = unit(z_2xUxD)
     mean_2x1xD = (weight_Ux1 * z_2xUxD).sum(axis=1, keepdims=True)

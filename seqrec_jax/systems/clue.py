@@ -76,7 +76,8 @@ def two_views(
     key: jax.Array, batch: Batch, items_A: jax.Array, view: str, hparams: dict, mask_item: int, positions: str
 ) -> tuple[Batch, Batch]:
     """Section IV-B: the history twice as it is (`view` dropout: the masks inside the encoder tell them apart), or
-    changed twice at the share hparams["view_share"]: items masked, a window dropped (crop), a window shuffled (permute).
+    changed twice: the share hparams["view_share"] of it masked, dropped as one window (crop), or shuffled in a window
+    (permute).
     """
     if view == "dropout":
         return batch, batch
