@@ -45,6 +45,8 @@ def embed(config: ConfigDict, workdir: Path, kind: str, histories: Path | None, 
         print(f"{out}: {len(items_VxD):,} items, {items_VxD.shape[1]} dimensions")
         return
     if histories:
+        if not histories.is_file():
+            raise UserError(f"{histories}: no such file (--histories)")
         found = read_histories(histories, config.data, model.item_ids.tolist())
     else:
         dataset = prepare(config.data, cache)
