@@ -13,11 +13,14 @@ def get_config(argument: str = "") -> ConfigDict:
     """The defaults: SASRec on the embedded synthetic data."""
     config = ConfigDict()
     config.name = "base"  # names the default workdir
-    config.system = "sasrec"  # pop | sasrec | sasrec_aug | cl4srec | duorec | s3rec (pretraining)
+    config.system = "sasrec"  # pop | sasrec | sasrec_aug | cl4srec | duorec | s3rec, clue (pretraining) | downstream
     config.seed = 0  # every random stream of the run
     # Whose parameters this run starts from: a workdir's best checkpoint (RUN; of a pretraining run the last) or another
     # one (RUN@best, RUN@last, RUN@STEP, RUN@epochN, or the checkpoint's folder); "" = from scratch
     config.init_from = ""
+    config.task = ""  # of system=downstream: next_item | profile (a label of users) | cold_start (another catalogue)
+    config.freeze_encoder = False  # downstream: the new head alone is trained (a linear probe)
+    config.split_seed = 0  # profile, cold_start: who trains and who tests, whatever the run's seed
 
     config.data = data = ConfigDict()
     data.name = ""  # a named data set (set by the argument after the colon); "" = data.path, or synthetic data
@@ -43,6 +46,17 @@ def get_config(argument: str = "") -> ConfigDict:
     data.synthetic_items = 2000
     data.synthetic_seed = 0
 
+    config.profile = profile = ConfigDict()
+    profile.labels = ""  # of users: "" = none | included: those of the named or the embedded data | a file
+    profile.label = "gender"  # the column that is to be predicted (users.dat: gender, age, occupation)
+    profile.folds = 5  # runs, each tested on another part of the users; 1: one run, 80/5/15 percent of them (the paper)
+    profile.user_column = "user_id"  # of the users' ids in it; users.dat: always its first
+
+    config.cold_start = cold_start = ConfigDict()
+    cold_start.targets = ""  # a file of the items that users met in another catalogue; data.path holds their histories
+    cold_start.user_column = "user_id"  # names of its columns
+    cold_start.item_column = "item_id"
+
     config.encoder = encoder = ConfigDict()
     # transformer | gru (causal; reads max_length, dim, layers, the dropouts, dtype, and init and init_scale for items)
     encoder.kind = "transformer"
@@ -61,6 +75,7 @@ def get_config(argument: str = "") -> ConfigDict:
     encoder.embedding_dropout = 0.5
     encoder.hidden_dropout = 0.5  # attention probabilities, attention output, feed-forward output; gru: between layers
     encoder.attention = "plain"  # plain | fused: one kernel, cuDNN's on a GPU in bfloat16; no dropout on probabilities
+    encoder.user_token = False  # clue: [UR] behind the last item, read both ways; its state is the user's
     encoder.init = "normal"  # normal | truncated_normal (within one init_scale)
     encoder.init_scale = 0.02
     encoder.dtype = "float32"  # float32 | bfloat16: arithmetic; parameters and losses stay float32
@@ -95,6 +110,15 @@ def get_config(argument: str = "") -> ConfigDict:
     s3rec.negatives = 1  # items drawn for each masked one
     s3rec.segment_negatives = "training"  # training | published (of whole histories: held-out items leak in)
 
+    config.clue = clue = ConfigDict()
+    clue.pretraining = "clue"  # clue (views of a user agree) | masked_items (PeterRec's objective on the same encoder)
+    # What makes the two views differ: dropout alone | mask | crop (drops a window, where CL4SRec keeps one) | permute
+    clue.view = "dropout"
+    clue.share = 0.2  # of a history that view mask, crop or permute changes; of the items that masked_items predicts
+    clue.bottleneck = 16  # width inside the predictor (SimSiam: a quarter of encoder.dim)
+    clue.stop_gradient = True  # False collapses: the paper's ablation
+    clue.predictor = True  # False collapses: the paper's ablation
+
     config.augment = augment = ConfigDict()
     augment.operators = ("crop", "mask", "reorder")  # the set that views draw from
     augment.choice = "uniform"  # uniform (each view its own draw) | different (two unlike operators) | fixed
@@ -110,6 +134,7 @@ def get_config(argument: str = "") -> ConfigDict:
     train.max_steps = 0  # 0 = no bound besides max_epochs
     train.max_seconds = 0.0  # training seconds, counted across resumes; 0 = no bound
     train.patience = 10  # validations without improvement before the run stops; 0 = never
+    train.optimizer = "adam"  # adam | sgd (its momentum is beta1)
     train.learning_rate = 1e-3
     train.schedule = "linear"  # constant | linear (decay to 0 at the last step) | cosine (to 0)
     train.warmup_steps = 0  # steps over which the learning rate rises linearly from 0

@@ -26,6 +26,7 @@ from seqrec_jax.data.batches import (
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.evaluate import BLOCK_SCORES, HELD_OUT
 from seqrec_jax.losses.contrastive import unit
+from seqrec_jax.protocol import ranks_items
 from seqrec_jax.sharding import replicate, replicated, split_rows
 from seqrec_jax.systems import System, hparams_of
 
@@ -158,6 +159,8 @@ class Analysis:
         """mean_cosine of the watched users' states, and same_top10: the share of these users who get the most frequent
         set of ten best items. Nothing is hidden: other histories would make equal rankings look unlike.
         """
+        if not ranks_items(self.config):
+            return _defined({"mean_cosine": _mean_cosine(system.states, params, self.watched, self.mesh)})
         top = min(TOP, self.num_items)
         cosine, top_NxK = _watch(system.states, params, self.watched, self.num_items, top, self.mesh)
         _, counts = np.unique(np.sort(jax.device_get(top_NxK), axis=1), axis=0, return_counts=True)
@@ -166,7 +169,7 @@ class Analysis:
     def collapse(self, step: int, seen: dict[str, float]) -> dict | None:
         """`seen` with its step if it is over a bound, else None."""
         lists_tell = min(len(self.watched.slot_N), self.num_items) >= FEW
-        same = seen.get("mean_cosine", 0) > SAME_COSINE or (lists_tell and seen["same_top10"] > SAME_SHARE)
+        same = seen.get("mean_cosine", 0) > SAME_COSINE or (lists_tell and seen.get("same_top10", 0) > SAME_SHARE)
         return {"step": step} | seen if same else None
 
 
@@ -183,6 +186,7 @@ def make_sample(dataset: SequenceDataset, config: ConfigDict, size: int, mesh: M
         positions=config.encoder.positions,
         packed=config.train.packed,
         row_multiple=mesh.shape["data"],
+        room=config.encoder.user_token,
     )
     batches = _batches(jnp.asarray(dataset.items_A), layout)
     users = np.asarray(batches.users_U).reshape(-1)
@@ -201,6 +205,12 @@ def arrays(params: dict, dataset: SequenceDataset, mesh: Mesh) -> dict[str, np.n
     """What plots need: spectrum_D, projection_Vx2 and train_count_V (how often each item occurs in training)."""
     spectrum_D, projection_Vx2 = jax.device_get(_table(params, len(dataset.item_ids), mesh))
     return {"spectrum_D": spectrum_D, "projection_Vx2": projection_Vx2, "train_count_V": train_counts(dataset)[1:]}
+
+
+def user_projection(system: System, params: dict, looks: Analysis) -> np.ndarray:
+    """[N, 2]: the compared users' unit states along their two principal directions (CLUE, Figure 7)."""
+    states_NxD = unit(_encode(system.states, params, looks.compared, looks.mesh))
+    return np.asarray(project(states_NxD - states_NxD.mean(axis=0)))
 
 
 def _items(params, num_items):
@@ -241,6 +251,11 @@ def _figures(plain_NxD, masked_NxD, masked_again_NxD, target_N, params, num_item
         "effective_rank": effective_rank(spectrum(items_VxD)),
     }
     return replicated(mesh, figures)
+
+
+@functools.partial(jax.jit, static_argnames=("states", "mesh"))
+def _mean_cosine(states, params, sample, mesh):
+    return replicated(mesh, mean_cosine(_encode(states, params, sample, mesh)))
 
 
 @functools.partial(jax.jit, static_argnames=("states", "num_items", "top", "mesh"))

@@ -57,6 +57,15 @@ def reorder(key, items_L, length, ratio):
     return augment(key, items_L, length, 2, ratio, 0)
 
 
+def drop(key, items_L, length, ratio):
+    """CLUE's item cropping (Section IV-B): a window of min(floor(ratio * n), n - 1) items is left out."""
+    places_L = jnp.arange(items_L.shape[0])
+    span = jnp.clip(jnp.floor(jnp.float32(ratio) * length).astype(jnp.int32), 0, jnp.maximum(length - 1, 0))
+    start = jax.random.randint(key, (), 0, length - span + 1)
+    view_L = items_L[jnp.minimum(places_L + jnp.where(places_L >= start, span, 0), items_L.shape[0] - 1)]
+    return jnp.where(places_L < length - span, view_L, 0), length - span
+
+
 def draw_operators(key: jax.Array, users: int, operators: tuple[str, ...], choice: str) -> tuple[jax.Array, jax.Array]:
     """Which operator each of the two views of each user gets, as indices into OPERATORS [users].
 

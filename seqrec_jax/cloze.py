@@ -12,9 +12,14 @@ from seqrec_jax.data.batches import Batch, position_ids, train_lengths
 from seqrec_jax.data.dataset import SequenceDataset
 
 
+def drawn_cells(key: jax.Array, batch: Batch, probability: jax.Array) -> jax.Array:
+    """[R, L] bool: real cells, each with `probability` (a traced scalar)."""
+    return (jax.random.uniform(key, batch.items_RxL.shape) < probability) & (batch.segments_RxL > 0)
+
+
 def masked_cells(key: jax.Array, batch: Batch, probability: jax.Array) -> jax.Array:
     """[R, L] bool: real cells, each with `probability` (a traced scalar), and the last one of every history."""
-    drawn_RxL = (jax.random.uniform(key, batch.items_RxL.shape) < probability) & (batch.segments_RxL > 0)
+    drawn_RxL = drawn_cells(key, batch, probability)
     last_N = jnp.zeros(drawn_RxL.size, bool).at[batch.last_U].max(batch.length_U > 0)
     return drawn_RxL | last_N.reshape(drawn_RxL.shape)
 

@@ -91,29 +91,34 @@ def page(runs: Sequence[Run], *, mixed: bool) -> str:
     )
     return (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Runs side by side</title>'
-        f"<style>{STYLE}</style></head><body><h1>Runs side by side</h1>{protocols}{_table(runs, mixed)}{_spread(runs)}"
-        f"{pictures}</body></html>\n"
+        f"<style>{STYLE}</style></head><body><h1>Runs side by side</h1>{protocols}{_table(runs, mixed)}"
+        f"{_spread(runs)}{pictures}</body></html>\n"
     )
 
 
+def _columns(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in report.columns_of(run.results["test"])))
+
+
 def _table(runs: Sequence[Run], mixed: bool) -> str:
-    heads = ["run", "system", "workdir", "protocol", "data", "seed", *(f"test {name}" for name in report.COLUMNS)]
+    columns = _columns(runs)
+    heads = ["run", "system", "workdir", "protocol", "data", "seed", *(f"test {name}" for name in columns)]
     heads += ["best step", "steps", "seconds", *report.FIGURES.values(), "collapsed"]
     caption = f'<caption class="warning">{MIXED}</caption>' if mixed else ""
-    return _html([heads, *(_row(number, run) for number, run in enumerate(runs, 1))], caption)
+    return _html([heads, *(_row(number, run, columns) for number, run in enumerate(runs, 1))], caption)
 
 
 def _spread(runs: Sequence[Run]) -> str:
     """Means and sample standard deviations of the runs that differ in the seed alone; "" where there are none."""
-    groups = {}
+    groups, columns = {}, _columns(runs)
     for number, run in enumerate(runs, 1):
         groups.setdefault((run.judged_by, run.recipe), {})[number] = run
-    rows = [["runs", "system", "seeds", *(f"test {name}" for name in report.COLUMNS)]]
+    rows = [["runs", "system", "seeds", *(f"test {name}" for name in columns)]]
     for group in groups.values():
         found = [run.results for run in group.values()]
         seeds = [results["seed"] for results in found]
         if len(seeds) > 1 and len(set(seeds)) == len(seeds):
-            tests = [[results["test"][name] for results in found] for name in report.COLUMNS]
+            tests = [[results["test"].get(name, np.nan) for results in found] for name in columns]
             spread = [f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" for values in tests]
             words = [", ".join(map(str, group)), found[0]["system"], ", ".join(map(str, seeds))]
             rows.append([*words, *spread])
@@ -127,12 +132,12 @@ def _html(rows: Sequence[Sequence[str]], caption: str) -> str:
     return f"<table>{caption}" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
 
 
-def _row(number: int, run: Run) -> list[str]:
+def _row(number: int, run: Run, columns: list[str]) -> list[str]:
     results, collapsed = run.results, run.results.get("collapsed")
     figures = results.get("analysis") or {}
     return [
-        str(number), results["system"], str(run.workdir), results["protocol"], _data(run), str(results["seed"]),
-        *(f"{results['test'][name]:.4f}" for name in report.COLUMNS),
+        str(number), report.name_of(results), str(run.workdir), results["protocol"], _data(run), str(results["seed"]),
+        *(f"{results['test'][name]:.4f}" if name in results["test"] else "" for name in columns),
         str(results.get("best_step", "")), f"{results['steps']:,}", f"{results['train_seconds']:.1f}",
         *(f"{figures[name]:.4f}" if name in figures else "" for name in report.FIGURES),
         f"at step {collapsed['step']}" if collapsed else "",
@@ -169,7 +174,7 @@ def _draw_curves(panels, lines) -> None:
 
 def _name(run: Run) -> str:
     """In legends; a dollar would begin a formula there."""
-    system, folder = run.results["system"], run.workdir.name.replace("$", r"\$")
+    system, folder = report.name_of(run.results), run.workdir.name.replace("$", r"\$")
     return system if folder == system else f"{system} ({folder})"
 
 

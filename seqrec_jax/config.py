@@ -22,18 +22,24 @@ python -m seqrec_jax.main --config=configs/NAME.py[:DATASET,VARIANT] [--config.k
     --config=FILE        a file of configs/, or the config.json of a run (default: the one in --workdir)
     --config.key=value   overrides one key; configs/base.py lists and explains them all
     --workdir=FOLDER     where the run lives; the same command resumes it (default: runs/NAME-HASH)
-    --mode=MODE          train (default), evaluate, recommend, report
+    --mode=MODE          train (default), evaluate, recommend, embed, report
     --history=ID,ID,...  recommend: the items a user has met, oldest first
     --k=10               recommend: how many items to name
+    --embed=users        embed: vectors of users or of items
+    --histories=FILE     embed: the users and their items (default: those of the run's data)
     --workdirs=A,B,...   report: finished runs to set side by side; no --config is needed
-    --out=report.html    report: the page to write
+    --out=FILE           report: the page to write (report.html); embed: the vectors (users.parquet, items.parquet)
     --force              report: also runs of different data or protocols"""
 FLAGS = {  # name: default
-    "config": "", "workdir": "", "mode": "train", "history": "", "k": "10", "workdirs": "", "out": "report.html",
+    "config": "", "workdir": "", "mode": "train", "history": "", "k": "10", "embed": "users", "histories": "",
+    "workdirs": "", "out": "",
 }  # fmt: skip
 SWITCHES = ("force",)  # flags without a value
-MODES = ("train", "evaluate", "recommend", "report")
-MODE_FLAGS = {"recommend": ("history", "k"), "report": ("workdirs", "out", "force")}  # they belong to one mode
+MODES = ("train", "evaluate", "recommend", "embed", "report")
+MODE_FLAGS = {  # they belong to these modes alone
+    "recommend": ("history", "k"), "embed": ("embed", "histories", "out"), "report": ("workdirs", "out", "force"),
+}  # fmt: skip
+EMBEDDED = ("users", "items")
 
 
 class Arguments(NamedTuple):
@@ -44,6 +50,8 @@ class Arguments(NamedTuple):
     mode: str
     history: tuple[str, ...]
     k: int
+    embed: str
+    histories: Path | None
     workdirs: tuple[Path, ...]
     out: Path
     force: bool
@@ -66,14 +74,17 @@ def parse_arguments(argv: Sequence[str], config_in: Callable[[Path], str] | None
     _check_mode(flags, given)
 
     workdir = Path(flags["workdir"]).expanduser() if flags["workdir"] else None
+    default_out = "report.html" if flags["mode"] == "report" else f"{flags['embed']}.parquet"
     arguments = Arguments(
         config=None,
         workdir=workdir,
         mode=flags["mode"],
         history=_listed(flags["history"]),
         k=int(flags["k"]),
+        embed=flags["embed"],
+        histories=Path(flags["histories"]).expanduser() if flags["histories"] else None,
         workdirs=tuple(Path(folder).expanduser() for folder in _listed(flags["workdirs"])),
-        out=Path(flags["out"]).expanduser(),
+        out=Path(flags["out"] or default_out).expanduser(),
         force="force" in given,
     )
     if arguments.mode == "report":
@@ -94,11 +105,10 @@ def _check_mode(flags: Mapping[str, str], given: Iterable[str]) -> None:
     mode = flags["mode"]
     if mode not in MODES:
         raise unknown("--mode", mode, MODES)
-    for owner, names in MODE_FLAGS.items():
-        if mode != owner and set(names) & set(given):
-            raise UserError(
-                f"{', '.join(f'--{name}' for name in names)} belong to --mode={owner}, but the mode is {mode}"
-            )
+    for name in given:
+        owners = [owner for owner, names in MODE_FLAGS.items() if name in names]
+        if owners and mode not in owners:
+            raise UserError(f"--{name} belongs to --mode={' and --mode='.join(owners)}, but the mode is {mode}")
     foreign = [name for name in given if name not in ("mode", *MODE_FLAGS["report"])]
     if mode == "report" and foreign:
         raise UserError(f"--{foreign[0]} has no meaning with --mode=report: it reads the configs of --workdirs=A,B,...")
@@ -106,6 +116,12 @@ def _check_mode(flags: Mapping[str, str], given: Iterable[str]) -> None:
         raise UserError("--mode=report needs --workdirs=A,B,... (the folders of finished runs)")
     if mode == "recommend" and not _listed(flags["history"]):
         raise UserError("--mode=recommend needs --history=ID,ID,... (the items a user has met, oldest first)")
+    if flags["embed"] not in EMBEDDED:
+        raise unknown("--embed", flags["embed"], EMBEDDED)
+    if flags["embed"] == "items" and flags["histories"]:
+        raise UserError("--histories has no meaning with --embed=items: leave one of them out")
+    if mode == "embed" and flags["out"] and not flags["out"].endswith(".parquet"):
+        raise UserError(f"--out={flags['out']}: vectors are written as Parquet; allowed: a name that ends in .parquet")
     if not flags["k"].isdecimal() or int(flags["k"]) < 1:
         raise UserError(f"--k={flags['k']} is out of range; allowed: a whole number in [1, inf)")
 

@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 from seqrec_jax import ranking
 from seqrec_jax.data.batches import Batch, Layout, batch_of, history_examples, make_layout, plan_epoch
 from seqrec_jax.data.dataset import SequenceDataset
-from seqrec_jax.data.tables import read_bytes
+from seqrec_jax.data.files import read_bytes
 from seqrec_jax.errors import UserError
-from seqrec_jax.protocol import Protocol, protocol_of
+from seqrec_jax.protocol import UNJUDGED, Protocol, protocol_of, ranks_items
 from seqrec_jax.sharding import replicate, replicated, split_rows
 from seqrec_jax.systems import System
 
@@ -65,8 +65,19 @@ class Evaluator:
         return replicated(self.mesh, (batch.users_U, *counts))
 
 
-def make_evaluator(dataset: SequenceDataset, config: ConfigDict, split: str, mesh: Mesh) -> Evaluator:
+class Unjudged:
+    """Stands where nothing is judged: no metrics."""
+
+    protocol = UNJUDGED
+
+    def __call__(self, system: System, params: dict) -> dict[str, float]:
+        return {}
+
+
+def make_evaluator(dataset: SequenceDataset, config: ConfigDict, split: str, mesh: Mesh) -> Evaluator | Unjudged:
     """The evaluator of `split` (valid or test) under the config's protocol."""
+    if not ranks_items(config):
+        return Unjudged()
     protocol, held_out = protocol_of(config), HELD_OUT[split]
     examples = history_examples(dataset, held_out, config.encoder.max_length)
     if not len(examples.user_E):
@@ -78,6 +89,7 @@ def make_evaluator(dataset: SequenceDataset, config: ConfigDict, split: str, mes
         positions=config.encoder.positions,
         packed=config.train.packed,
         row_multiple=mesh.shape["data"],
+        room=config.encoder.user_token,
     )
     target_U = np.zeros(len(dataset.user_ids), np.int32)
     target_U[examples.user_E] = dataset.items_A[dataset.offsets_U1[examples.user_E + 1] - held_out]

@@ -62,6 +62,10 @@ def run(argv: Sequence[str]) -> int:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if arguments.mode == "evaluate":
         runs.evaluate(config, workdir)
+    elif arguments.mode == "embed":
+        from seqrec_jax.embed import embed
+
+        embed(config, workdir, arguments.embed, arguments.histories, runs.cache_dir(config, workdir), arguments.out)
     elif arguments.mode == "recommend":
         hide = protocol_of(config).hide_history == "yes"
         found = load(workdir).recommend([arguments.history], arguments.k, hide_history=hide)

@@ -1,4 +1,4 @@
-"""Adam with schedule, decoupled weight decay and clipping. All its numbers are traced."""
+"""Adam or SGD with schedule, decoupled weight decay and clipping. All their numbers are traced."""
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,14 @@ def schedule(name: str, step: jax.Array, total_steps: int, warmup_steps: int) ->
     return warm * falling
 
 
-def adam(hparams: dict, rate: jax.Array, *, decays: bool, clips: bool) -> optax.GradientTransformation:
-    """Adam (AdamW where `decays`) at the learning rate `rate`, on gradients clipped to hparams["clip_norm"]."""
+def transform(name: str, hparams: dict, rate: jax.Array, *, decays: bool, clips: bool) -> optax.GradientTransformation:
+    """adam (AdamW where `decays`) or sgd (with momentum hparams["beta1"]) at the learning rate `rate`, on gradients
+    clipped to hparams["clip_norm"].
+    """
+    momentum = optax.trace(decay=hparams["beta1"])
     return optax.chain(
         optax.clip_by_global_norm(hparams["clip_norm"]) if clips else optax.identity(),
-        optax.scale_by_adam(b1=hparams["beta1"], b2=hparams["beta2"]),
+        momentum if name == "sgd" else optax.scale_by_adam(b1=hparams["beta1"], b2=hparams["beta2"]),
         optax.add_decayed_weights(hparams["weight_decay"], mask=decayed) if decays else optax.identity(),
         optax.scale(-rate),
     )

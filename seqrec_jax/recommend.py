@@ -9,12 +9,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from seqrec_jax import checkpoint, systems
 from seqrec_jax import config as configuration
 from seqrec_jax.data.batches import rows_of
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.errors import UserError
+from seqrec_jax.protocol import ranks_items
 from seqrec_jax.sharding import make_mesh
 
 GROUP = 64  # histories scored at once
@@ -37,6 +40,7 @@ class Recommender:
     params: dict
     item_ids: np.ndarray
     max_length: int
+    room: int  # cells behind each history: one where the model reads a [UR] token
     positions: str
 
     def recommend(
@@ -92,23 +96,45 @@ class Recommender:
             row_U=rows,
             column_U=jnp.zeros(GROUP, jnp.int32),
             rows=GROUP,
-            width=self.max_length,
+            width=self.max_length + self.room,
             last_target_only=False,
             positions=self.positions,
         )
         return jnp.matmul(self.system.states(params, batch), params["items"].T, precision=jax.lax.Precision.HIGHEST)
 
 
-def load(workdir: str | Path) -> Recommender:
-    """The best model of `workdir`, from its checkpoint alone (no data file)."""
-    workdir = Path(workdir).expanduser()
-    store, step, meta = checkpoint.find(workdir)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """What a checkpoint holds, ready to be asked."""
+
+    system: systems.System
+    params: dict
+    item_ids: np.ndarray
+    config: ConfigDict  # of the run
+    meta: dict  # of the checkpoint
+
+
+def load_model(workdir: Path, mesh: Mesh, name: str = "best") -> Model:
+    """A checkpoint of `workdir` (best, last, ...) on `mesh`, with no data file."""
+    store, step, meta = checkpoint.find(workdir, name)
     config = configuration.from_json(json.dumps(meta["config"]))
-    mesh = make_mesh(1, 1)
     with config.unlocked():
         config.loss.next_item = "full"  # nothing is trained here, so no negatives are prepared
     nothing, item_ids = np.zeros(0, np.int32), np.array(meta["items"])
     vocabulary = SequenceDataset(nothing, np.zeros(1, np.int64), item_ids, np.array([], str), meta["dataset_hash"], {})
     system = systems.build(config, vocabulary, mesh)
-    params = checkpoint.restore_params(store, step, mesh)
-    return Recommender(system, params, vocabulary.item_ids, config.encoder.max_length, config.encoder.positions)
+    return Model(system, checkpoint.restore_params(store, step, mesh), item_ids, config, meta)
+
+
+def load(workdir: str | Path) -> Recommender:
+    """The best model of `workdir`, from its checkpoint alone (no data file)."""
+    workdir = Path(workdir).expanduser()
+    model = load_model(workdir, make_mesh(1, 1))
+    if not ranks_items(model.config):
+        raise UserError(
+            f"{workdir}: its users do not rank items (system={model.config.system}); start a finetuning from it"
+        )
+    encoder = model.config.encoder
+    return Recommender(
+        model.system, model.params, model.item_ids, encoder.max_length, int(encoder.user_token), encoder.positions
+    )

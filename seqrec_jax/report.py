@@ -23,10 +23,16 @@ FIGURES = {  # of results["analysis"]: what they are called
 
 def table(results: dict) -> str:
     """The test (and validation) metrics with the baselines beside them, under the protocol line."""
-    data = results["dataset"]
-    rows = [(f"{results['system']} (test)", results["test"]), (f"{results['system']} (valid)", results["valid"])]
+    data, name = results["dataset"], name_of(results)
+    rows = [(f"{name} (test)", results["test"])]
+    if "std" in results:
+        rows.append((f"  deviation of {len(results['folds'])} folds", results["std"]))
+    rows.append((f"{name} (valid)", results["valid"]))
     rows += [(f"{name} (test)", baseline["test"]) for name, baseline in results["baselines"].items()]
-    width = max(len(name) for name, _ in rows)
+    rows = [(name, metrics) for name, metrics in rows if metrics]  # pretraining has none
+    columns = columns_of(results["test"])
+    width = max((len(name) for name, _ in rows), default=0)
+    cell = max((len(column) for column in columns if column not in COLUMNS), default=7) + 2
     lines = [
         "",
         results["protocol_line"],
@@ -34,9 +40,10 @@ def table(results: dict) -> str:
         f"{data['actions']:,} actions; loss {results['loss']}, targets {results['targets']}, seed {results['seed']}, "
         f"{results['device']}",
         "",
-        " " * width + "".join(f"{column:>9}" for column in COLUMNS),
+        " " * width + "".join(f"{column:>{cell}}" for column in columns),
     ]
-    lines += [f"{name:<{width}}" + "".join(f"{metrics[column]:9.4f}" for column in COLUMNS) for name, metrics in rows]
+    for name, metrics in rows:
+        lines.append(f"{name:<{width}}" + "".join(f"{metrics[column]:{cell}.4f}" for column in columns))
     if "steps" in results:
         lines.append(f"\n{results['steps']:,} steps, {results['train_seconds']:.1f} s of training")
     if results.get("analysis"):
@@ -47,36 +54,59 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def name_of(results: dict) -> str:
+    """What a run is called: by its task, if it has one, else by its system."""
+    return results.get("task") or results["system"]
+
+
+def columns_of(metrics: dict) -> list[str]:
+    """The metrics that tables and bars show: COLUMNS of a ranking, else all."""
+    return [name for name in COLUMNS if name in metrics] or list(metrics)
+
+
 def plots(workdir: Path, results: dict) -> None:
     """In plots/: loss, validation, spectrum and alignment curves of each run that was trained, the items of the run
     itself in two dimensions, and test, the bars. Those without anything to show are left out.
     """
     folder, data = workdir / "plots", results["dataset"]["name"]
     folder.mkdir(exist_ok=True)
-    runs = {results["system"]: workdir} | {name: workdir / "baselines" / name for name in results["baselines"]}
+    own = name_of(results)
+    runs = {own: workdir} | {name: workdir / "baselines" / name for name in results["baselines"]}
+    if "folds" in results:
+        runs = {f"fold {number}": workdir / "folds" / str(number) for number in range(len(results["folds"]))}
     lines = {name: read_lines(run / "metrics.jsonl") for name, run in runs.items()}
     found = {name: read_arrays(run) for name, run in runs.items() if (run / "analysis.npz").is_file()}
     with picture(folder / "loss.png") as (axes,):
-        pretrains = results["system"] in PRETRAINING
-        value, title = ("loss", "pretraining loss") if pretrains else ("next_item", "next-item loss")
+        whole = results["system"] in PRETRAINING or "classes" in results
+        value, title = ("loss", f"{results['loss']} loss") if whole else ("next_item", "next-item loss")
         draw_curves(axes, lines, "train", value, f"{title}, {data}")
+    watched = results["metric"] or "uniformity"
     with picture(folder / "validation.png") as (axes,):
-        draw_curves(axes, lines, "valid", results["metric"], f"validation {results['metric']}, {data}")
+        draw_curves(axes, lines, "valid", watched, f"validation {watched}, {data}")
     if found:
         with picture(folder / "spectrum.png") as (axes,):
             draw_spectra(axes, found, f"singular values of the items, {data}")
-    if results["system"] in found:
+    if own in found:
         with picture(folder / "projection.png") as (axes,):
-            draw_items(axes, found[results["system"]], f"items of {results['system']}, {data}")
+            draw_items(axes, found[own], f"items of {own}, {data}")
+        if "users_Nx2" in found[own]:
+            with picture(folder / "users.png") as (axes,):
+                draw_users(axes, found[own]["users_Nx2"], f"users of {own}, {data}")
     if has_analysis(lines):
         with picture(folder / "alignment.png", panels=2) as panels:
             draw_analysis(panels, lines)
-    scores = {results["system"]: results["test"]} | {n: b["test"] for n, b in results["baselines"].items()}
+    if "confusion" in results:
+        with picture(folder / "confusion.png") as (axes,):
+            draw_confusion(axes, np.array(results["confusion"]), results["classes"], f"{results['task']}, {data}")
+    columns = columns_of(results["test"])
+    if not columns:
+        return
+    scores = {own: results["test"]} | {n: b["test"] for n, b in results["baselines"].items()}
     with picture(folder / "test.png") as (axes,):
         for index, (name, metrics) in enumerate(scores.items()):
-            places = [place + index * 0.8 / len(scores) for place in range(len(COLUMNS))]
-            axes.bar(places, [metrics[column] for column in COLUMNS], 0.8 / len(scores), align="edge", label=name)
-        axes.set_xticks([place + 0.4 for place in range(len(COLUMNS))], COLUMNS, fontsize="small")
+            places = [place + index * 0.8 / len(scores) for place in range(len(columns))]
+            axes.bar(places, [metrics[column] for column in columns], 0.8 / len(scores), align="edge", label=name)
+        axes.set_xticks([place + 0.4 for place in range(len(columns))], columns, fontsize="small")
         axes.set(title=f"test, {data}, protocol {results['protocol']}")
 
 
@@ -134,9 +164,24 @@ def draw_items(axes: Any, arrays: dict, title: str) -> None:
     axes.set(xlabel="first direction", ylabel="second direction", title=title)
 
 
+def draw_users(axes: Any, users_Nx2: np.ndarray, title: str) -> None:
+    """Users along two principal directions of their unit states, as in CLUE's Figure 7: a collapse is one spot."""
+    axes.scatter(*users_Nx2.T, s=4)
+    axes.set(xlabel="first direction", ylabel="second direction", xlim=(-1, 1), ylim=(-1, 1), title=title)
+
+
+def draw_confusion(axes: Any, counts_CxC: np.ndarray, classes: list[str], title: str) -> None:
+    """Test users of each true class (row) by the class they were taken for, as shares of the row."""
+    shares_CxC = counts_CxC / np.maximum(counts_CxC.sum(axis=1, keepdims=True), 1)
+    axes.figure.colorbar(axes.imshow(shares_CxC, vmin=0, vmax=1, cmap="viridis_r"), label="share of the true class")
+    axes.set_xticks(range(len(classes)), classes)
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlabel="taken for", ylabel="true", title=title)
+
+
 def has_analysis(lines: dict[str, list[dict]]) -> bool:
     """Whether any validation line has the figures of config.report.analysis."""
-    return any("uniformity" in line for points in lines.values() for line in points)
+    return any({"uniformity", "hr@10"} <= line.keys() for points in lines.values() for line in points)
 
 
 def draw_analysis(panels: tuple, lines: dict[str, list[dict]]) -> None:

@@ -1,5 +1,6 @@
 """A whole run: data → training → the best checkpoint's metrics → baselines → results.json, table and plots."""
 
+import dataclasses
 import json
 import logging
 import threading
@@ -13,13 +14,15 @@ from ml_collections import ConfigDict
 
 from seqrec_jax import checkpoint, report, systems
 from seqrec_jax import config as configuration
-from seqrec_jax.analysis import Analysis, arrays
+from seqrec_jax.analysis import Analysis, arrays, user_projection
 from seqrec_jax.data import batches
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.prepare import prepare, print_report
+from seqrec_jax.data.tasks import Task, read_tasks
 from seqrec_jax.errors import UserError
 from seqrec_jax.evaluate import make_evaluator
-from seqrec_jax.protocol import protocol_of
+from seqrec_jax.judge import make_task_evaluator
+from seqrec_jax.protocol import TASKS, protocol_of
 from seqrec_jax.sharding import make_mesh
 from seqrec_jax.train import identity, train
 from seqrec_jax.train_step import TrainState
@@ -37,17 +40,24 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, stop: threading.Event)
             find_parent(config.init_from)  # what is missing is told before any work, and leaves no config.json
         settle_config(workdir, config)
         mesh = make_mesh(*mesh_shape(config, jax.device_count()))
-        dataset = prepare(config.data, cache_dir(config, workdir))
+        dataset, tasks = _data(config, workdir)
         finished = _finished(config, workdir, dataset)
         if finished:
             print(f"{workdir}: this run is finished\n{report.table(finished)}")
             return finished
-        examples = train_examples(config, dataset)
-        trained = {"users_trained": len(np.unique(examples.user_E)), "targets_dropped": examples.dropped_targets}
+        examples = train_examples(config, dataset, tasks[0])
+        users_E = examples.start_E if tasks[0] else examples.user_E  # a task numbers its examples, not their users
+        trained = {"users_trained": len(np.unique(users_E)), "targets_dropped": examples.dropped_targets}
         data_report = dataset.report | trained
         write_json(workdir / "data_report.json", data_report)
         print_report(data_report)
-        results = _results(config, workdir, dataset, mesh, stop)
+        if tasks[0]:
+            print(f"{config.task:<16} {tasks[0].line}")
+        if len(tasks) > 1:
+            results = _folds(config, workdir, dataset, mesh, stop, tasks)
+        else:
+            system = systems.build(config, dataset, mesh, tasks[0])
+            results = _results(config, workdir, dataset, system, mesh, stop, tasks[0])
         for name in config.report.baselines:
             results["baselines"][name] = _baseline(config, workdir, name, dataset, mesh, stop)
         if jax.process_index() == 0:
@@ -64,26 +74,43 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict:
     trained = configuration.from_json(json.dumps(meta["config"]))
     if (config.system, config.encoder.to_dict()) != (trained.system, trained.encoder.to_dict()):
         raise UserError(f"{workdir} was trained with another system or encoder than the config has: leave --config out")
-    dataset = prepare(config.data, cache_dir(config, workdir))
+    if config.system == "clue":
+        raise UserError(f"{workdir}: pretraining has no metrics; what it learned is in results.json (analysis)")
+    dataset, tasks = _data(config, workdir)
     checkpoint.check_data(meta, dataset, workdir)
-    system = systems.build(config, dataset, mesh)
+    system = systems.build(config, dataset, mesh, tasks[0])
     params = checkpoint.restore_params(store, step, mesh)
-    results = _header(config, dataset) | _metrics(config, dataset, system, params, mesh) | {"best_step": step}
+    metrics = _metrics(config, dataset, system, params, mesh, tasks[0])
+    results = _header(config, dataset) | metrics | {"best_step": step}
     write_json(workdir / f"results_{config.eval.protocol}.json", results)
     print(report.table(results))
     return results
 
 
-def train_examples(config: ConfigDict, dataset: SequenceDataset) -> batches.Examples:
-    """The examples of `train.targets`; a system that pretrains reads the whole training part."""
+def _data(config, workdir) -> tuple[SequenceDataset, list[Task | None]]:
+    """The data set and its tasks, one None where the run predicts the data's own items; one hash covers both."""
+    dataset = prepare(config.data, cache_dir(config, workdir))
+    if config.task not in TASKS:
+        return dataset, [None]
+    tasks = read_tasks(config, dataset)
+    report_ = dataset.report | {config.task: tasks[0].report}
+    return dataclasses.replace(dataset, hash=f"{dataset.hash}-{tasks[0].hash}", report=report_), tasks
+
+
+def train_examples(config: ConfigDict, dataset: SequenceDataset, task: Task | None = None) -> batches.Examples:
+    """The examples of `task`, else of `train.targets`; a system that pretrains reads the whole training part."""
+    if task:
+        return task.parts["train"]
     whole = config.system in PRETRAINING
     return batches.train_examples(dataset, config.train.targets, config.encoder.max_length, whole=whole)
 
 
-def train_layout(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> tuple[batches.Layout, int]:
+def train_layout(
+    config: ConfigDict, dataset: SequenceDataset, mesh: Mesh, task: Task | None = None
+) -> tuple[batches.Layout, int]:
     """The training examples of `train.targets` in rows, and how many targets were dropped."""
     train, encoder = config.train, config.encoder
-    examples = train_examples(config, dataset)
+    examples = train_examples(config, dataset, task)
     if not len(examples.user_E):
         raise UserError("no user has two training items, so there is nothing to predict; see data_report.json")
     layout = batches.make_layout(
@@ -94,6 +121,7 @@ def train_layout(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> tu
         packed=train.packed,
         last_target_only=train.targets == "prefix",
         row_multiple=mesh.shape["data"],
+        room=encoder.user_token,
     )
     cells = layout.steps * layout.rows * layout.width
     log.info(
@@ -119,41 +147,78 @@ def _finished(config, workdir, dataset) -> dict | None:
     return results
 
 
-def _results(config, workdir, dataset, mesh, stop) -> dict:
-    system = systems.build(config, dataset, mesh)
+def _results(config, workdir, dataset, system, mesh, stop, task=None) -> dict:
     results = _header(config, dataset)
     if system.loss is None:
         params = system.init(jax.random.key(config.seed))
         state = TrainState(jnp.int32(0), params, {}, {})
         store = checkpoint.open_store(workdir, create=True)
         checkpoint.save(store, state, identity(config, dataset) | {"best_step": 0})
-        return results | _metrics(config, dataset, system, params, mesh) | {"steps": 0, "train_seconds": 0.0}
-    layout, _ = train_layout(config, dataset, mesh)
-    validate = make_evaluator(dataset, config, "valid", mesh)
-    analysis = Analysis(dataset, config, mesh)
+        return results | _metrics(config, dataset, system, params, mesh, None) | {"steps": 0, "train_seconds": 0.0}
+    layout, _ = train_layout(config, dataset, mesh, task)
+    validate = _evaluator(config, dataset, "valid", mesh, task)
+    analysis = None if task else Analysis(dataset, config, mesh)
     state, progress, parent = train(config, workdir, dataset, system, layout, validate, analysis, mesh, stop)
     store = checkpoint.open_store(workdir, create=False)
     params = checkpoint.restore_params(store, progress.best_step, mesh)
-    test = make_evaluator(dataset, config, "test", mesh)(system, params)
-    found = arrays(params, dataset, mesh)
-    if jax.process_index() == 0:
-        np.savez(workdir / "analysis.npz", **found)
-    return results | {
-        "test": test,
+    test = _evaluator(config, dataset, "test", mesh, task)
+    results |= {
+        "test": test(system, params),
         "valid": progress.best_metrics,
         "steps": int(state.step),
         "best_step": progress.best_step,
         "train_seconds": progress.train_seconds,
         "parent": parent,
-        "analysis": analysis.figures(system, params) | progress.best_watch,
-        "collapsed": progress.collapsed,
     }
+    if config.task == "profile":
+        results["confusion"] = test.confusion(system, params).tolist()
+    if task:
+        return results | {"classes": task.names.tolist()}
+    found = arrays(params, dataset, mesh)
+    if config.system == "clue":
+        found["users_Nx2"] = user_projection(system, params, analysis)
+    if jax.process_index() == 0:
+        np.savez(workdir / "analysis.npz", **found)
+    figures = analysis.figures(system, params) | progress.best_watch
+    return results | {"analysis": figures, "collapsed": progress.collapsed}
+
+
+def _folds(config, workdir, dataset, mesh, stop, tasks) -> dict:
+    """One run a task, each in a workdir of its own inside this one; means over them, and standard deviations."""
+    system, runs = systems.build(config, dataset, mesh, tasks[0]), []  # the tasks differ in their examples alone
+    for number, task in enumerate(tasks):
+        folder = workdir / "folds" / str(number)
+        folder.mkdir(parents=True, exist_ok=True)
+        settle_config(folder, config)
+        results = _finished(config, folder, dataset)
+        if not results:
+            results = _results(config, folder, dataset, system, mesh, stop, task)
+            write_json(folder / "results.json", results)
+        log.info("fold %d of %d: %s", number + 1, len(tasks), results["test"])
+        runs.append(results)
+    columns = {part: {name: [run[part][name] for run in runs] for name in runs[0][part]} for part in ("test", "valid")}
+    return _header(config, dataset) | {
+        **{part: {name: float(np.mean(values)) for name, values in found.items()} for part, found in columns.items()},
+        "std": {name: float(np.std(values, ddof=1)) for name, values in columns["test"].items()},
+        "folds": [run["test"] for run in runs],
+        "confusion": np.sum([run["confusion"] for run in runs], axis=0).tolist(),
+        "best_step": [run["best_step"] for run in runs],
+        **{key: sum(run[key] for run in runs) for key in ("steps", "train_seconds")},
+        **{key: runs[0][key] for key in ("classes", "parent")},
+    }
+
+
+def _evaluator(config, dataset, split, mesh, task):
+    if task:
+        return make_task_evaluator(task, split, dataset, config, mesh)
+    return make_evaluator(dataset, config, split, mesh)
 
 
 def _header(config, dataset) -> dict:
     report_ = dataset.report
     return {
         "system": config.system + (" gru" if config.encoder.kind == "gru" and config.system != "pop" else ""),
+        "task": f"{config.task} {config.profile.label}" if config.task == "profile" else config.task,
         "protocol": config.eval.protocol,
         "protocol_line": protocol_of(config).line(),
         "metric": protocol_of(config).metric,
@@ -173,8 +238,8 @@ def _header(config, dataset) -> dict:
     }
 
 
-def _metrics(config, dataset, system, params, mesh) -> dict:
-    return {split: make_evaluator(dataset, config, split, mesh)(system, params) for split in ("test", "valid")}
+def _metrics(config, dataset, system, params, mesh, task) -> dict:
+    return {split: _evaluator(config, dataset, split, mesh, task)(system, params) for split in ("test", "valid")}
 
 
 def _baseline(config, workdir, name, dataset, mesh, stop) -> dict:
@@ -185,6 +250,6 @@ def _baseline(config, workdir, name, dataset, mesh, stop) -> dict:
     folder = workdir / "baselines" / name
     folder.mkdir(parents=True, exist_ok=True)
     settle_config(folder, other)
-    results = _results(other, folder, dataset, mesh, stop)
+    results = _results(other, folder, dataset, systems.build(other, dataset, mesh), mesh, stop)
     write_json(folder / "results.json", results)
     return {key: results[key] for key in ("test", "valid", "steps", "train_seconds")}

@@ -29,6 +29,7 @@ from seqrec_jax.workdir import Log
 log = logging.getLogger(__name__)
 
 
+WATCHED = {"mean_cosine": "mean cosine of user states", "same_top10": "share of users with the same top 10"}
 JUDGED_FROM = 3  # epochs; before, a model may well say the same of everybody
 
 
@@ -79,7 +80,7 @@ def train(
     system: System,
     layout: Layout,
     validate: Evaluator,
-    analysis: Analysis,
+    analysis: Analysis | None,
     mesh: Mesh,
     stop: threading.Event,
 ) -> tuple[TrainState, Progress, dict]:
@@ -143,7 +144,7 @@ def train(
             if unread:  # while the next steps are computed
                 read(unread)
             unread, step = (sums, step, until), until
-    if system.judged != "never" and progress.collapsed is None:
+    if analysis and system.judged != "never" and progress.collapsed is None:
         _judge(analysis, progress, progress.best_step, progress.best_watch)
     return state, progress, parent
 
@@ -190,34 +191,33 @@ def _exhausted(config, progress) -> bool:
 
 def _validate(config, validate, analysis, system, state, progress, epoch, lines, bar) -> None:
     step = int(state.step)
-    metrics, seen = validate(system, state.params), analysis.watch(system, state.params)
-    value = metrics[validate.protocol.metric]
+    metrics, seen = validate(system, state.params), analysis.watch(system, state.params) if analysis else {}
+    metric = validate.protocol.metric
+    value = metrics.get(metric, step)  # without a metric, a later one is a better one
     progress.validated_step = step
     if progress.best_value is None or value > progress.best_value:
         progress.best_step, progress.best_value, progress.best_metrics, progress.waiting = step, value, metrics, 0
         progress.best_watch = seen
     else:
         progress.waiting += 1
-    if system.judged == "always" and epoch >= JUDGED_FROM:
+    if analysis and system.judged == "always" and epoch >= JUDGED_FROM:
         _judge(analysis, progress, step, seen)
-    if config.report.analysis:
+    if analysis and (config.report.analysis or not metric):
         seen = seen | analysis.figures(system, state.params)
     lines.write("valid", step, metrics | seen | {"train_seconds": progress.train_seconds})
-    bar.set_description(f"{config.name} valid {validate.protocol.metric} {value:.4f} (best {progress.best_value:.4f})")
+    judged = f" valid {metric} {value:.4f} (best {progress.best_value:.4f})" if metric else ""
+    bar.set_description(config.name + judged)
 
 
 def _judge(analysis, progress, step, seen) -> None:
     found, before = analysis.collapse(step, seen), progress.collapsed
     progress.collapsed = found and (before or found)
     if found and not before:
+        told = ", ".join(f"{WATCHED[name]} {value:.4f}" for name, value in seen.items())
         log.warning(
-            "COLLAPSED: at step %d the model says the same of everybody: mean cosine of user states %.4f, the same "
-            "top 10 for %.0f%% of users. Try more epochs, another config.train.learning_rate or "
-            "config.contrastive.weight",
-            step,
-            seen["mean_cosine"],
-            100 * seen["same_top10"],
-        )
+            "COLLAPSED: at step %d the model says the same of everybody: %s. Try more epochs, another "
+            "config.train.learning_rate or config.contrastive.weight", step, told,
+        )  # fmt: skip
     elif before and not found:
         log.warning("recovered: at step %d the model tells users apart again", step)
 

@@ -1,8 +1,10 @@
 """The train state, one step, and many steps in one dispatch."""
 
 import dataclasses
+import functools
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from seqrec_jax.data.batches import Layout, Plan, batch_of, epoch_key, plan_epoch
-from seqrec_jax.optimizer import adam, schedule
+from seqrec_jax.optimizer import schedule, transform
 from seqrec_jax.sharding import replicate, shardings_of, split_rows
 from seqrec_jax.systems import System, hparams_of
 
@@ -34,7 +36,8 @@ class TrainState:
 
 def make_transform(config: ConfigDict, hparams: dict, rate: jax.Array):
     """The optax chain of `config.train` at the learning rate `rate`."""
-    return adam(hparams, rate, decays=config.train.weight_decay > 0, clips=config.train.clip_norm > 0)
+    train = config.train
+    return transform(train.optimizer, hparams, rate, decays=train.weight_decay > 0, clips=train.clip_norm > 0)
 
 
 def init_state(system: System, config: ConfigDict, mesh: Mesh) -> TrainState:
@@ -60,23 +63,27 @@ def make_train_steps(system: System, config: ConfigDict, mesh: Mesh, total_steps
     computes every step with the same program, bit for bit. `sums`: metrics added over the steps, targets seen, and
     `bad_step`, the first step whose loss or gradient was not finite (a huge number if none).
     """
+    return _train_steps(system.loss, FrozenConfigDict(config), mesh, total_steps)
 
+
+@functools.lru_cache(maxsize=1)  # the folds of a run share it
+def _train_steps(loss: Callable, config: FrozenConfigDict, mesh: Mesh, total_steps: int):
     @jax.jit  # traced once for its shapes and for the loop
     def one_step(state: TrainState, layout: Layout, plan: Plan, data, hparams):
         batch = split_rows(mesh, batch_of(data["items_A"], layout, plan, state.step % layout.steps))
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 2), state.step)
         contrast = schedule(config.contrastive.schedule, state.step, total_steps, 0)
         hparams = hparams | {"contrast_weight": hparams["contrast_weight"] * contrast}
-        (loss, (extra, metrics)), gradients = jax.value_and_grad(system.loss, has_aux=True)(
+        (value, (extra, metrics)), gradients = jax.value_and_grad(loss, has_aux=True)(
             state.params, state.state, batch, key, hparams, data
         )
         factor = schedule(config.train.schedule, state.step, total_steps, config.train.warmup_steps)
-        transform = make_transform(config, hparams, hparams["learning_rate"] * factor)
-        updates, optimizer = transform.update(gradients, state.optimizer, state.params)
+        transform_ = make_transform(config, hparams, hparams["learning_rate"] * factor)
+        updates, optimizer = transform_.update(gradients, state.optimizer, state.params)
         params = jax.tree.map(jnp.add, state.params, updates)
-        finite = jnp.isfinite(loss) & jnp.isfinite(sum(jnp.sum(g) for g in jax.tree.leaves(gradients)))
+        finite = jnp.isfinite(value) & jnp.isfinite(sum(jnp.sum(g) for g in jax.tree.leaves(gradients)))
         counts = {
-            "loss": loss,
+            "loss": value,
             **metrics,
             "targets": (batch.targets_RxL > 0).sum(),
             "bad_step": jnp.where(finite, NO_STEP, state.step),

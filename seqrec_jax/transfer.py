@@ -29,7 +29,12 @@ def transfer(params: dict, item_ids: np.ndarray, config: ConfigDict, mesh: Mesh)
     """
     store, step, meta = find_parent(config.init_from)
     old = checkpoint.restore_params(store, step, mesh)
-    shared = params.keys() & old.keys()
+    shared = (params.keys() & old.keys()) - {"head"}  # a task's own
+    if config.encoder.user_token and not meta["config"]["encoder"].get("user_token"):
+        raise UserError(
+            f"{config.init_from}: its encoder has no [UR] token, which system={config.system} reads a user from "
+            "(config.init_from): name a run of configs/clue_pretrain.py"
+        )
     _check_shapes({name: params[name] for name in shared}, {name: old[name] for name in shared}, config.init_from)
     new_rows, old_rows = matching_rows(item_ids.tolist(), meta["items"])
     kept = len(new_rows) - 2

@@ -6,15 +6,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from seqrec_jax.errors import UserError, unknown
-from seqrec_jax.protocol import PROTOCOLS
+from seqrec_jax.protocol import PROTOCOLS, TASKS
+from seqrec_jax.user_conflicts import user_conflicts
 
-SYSTEMS = ("pop", "sasrec", "sasrec_aug", "cl4srec", "duorec", "s3rec")
-PRETRAINING = ("s3rec",)  # systems without a next-item loss, for others to start from
+SYSTEMS = ("pop", "sasrec", "sasrec_aug", "cl4srec", "duorec", "s3rec", "clue", "downstream")
+PRETRAINING = ("s3rec", "clue")  # systems without a next-item loss, for others to start from
 METRICS = (*(f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in (1, 5, 10, 20)), "mrr")
 
 # Intervals in the notation of mathematics. Every number of configs/base.py has one.
 RANGES = {  # for a tuple: of each element
     "seed": "[0, 2147483647]",
+    "split_seed": "[0, 2147483647]",
+    "profile.folds": "[1, inf)",
     "data.min_user": "[0, inf)",
     "data.min_item": "[0, inf)",
     "data.synthetic_users": "[1, inf)",
@@ -40,6 +43,8 @@ RANGES = {  # for a tuple: of each element
     "s3rec.sp": "[0, inf)",
     "s3rec.mask": "[0, 1]",
     "s3rec.negatives": "[1, inf)",
+    "clue.share": "[0, 1]",
+    "clue.bottleneck": "[1, inf)",
     "augment.crop": "[0, 1]",
     "augment.mask": "[0, 1]",
     "augment.reorder": "[0, 1]",
@@ -66,6 +71,7 @@ RANGES = {  # for a tuple: of each element
 }
 CHOICES = {  # for a tuple: of each element
     "system": SYSTEMS,
+    "task": ("", "next_item", *TASKS),
     "data.format": ("", "lines", "csv", "tsv", "parquet", "jsonl", "recbole", "movielens", "tfds"),
     "data.on_bad_row": ("error", "drop"),
     "data.repeats": ("keep", "drop"),
@@ -85,16 +91,19 @@ CHOICES = {  # for a tuple: of each element
     "contrastive.directions": ("summed", "averaged"),
     "s3rec.form": ("code", "paper"),
     "s3rec.segment_negatives": ("training", "published"),
+    "clue.pretraining": ("clue", "masked_items"),
+    "clue.view": ("dropout", "mask", "crop", "permute"),
     "augment.operators": ("crop", "mask", "reorder"),
     "augment.choice": ("uniform", "different", "fixed"),
     "train.targets": ("all", "windows", "prefix"),
+    "train.optimizer": ("adam", "sgd"),
     "train.schedule": ("constant", "linear", "cosine"),
     "eval.protocol": (*PROTOCOLS, "custom"),
     "eval.hide_history": ("", "yes", "no"),
     "eval.candidates": ("", "all", "sampled"),
     "eval.metric": ("", *METRICS),
     "pop.counts": ("train", "all"),
-    "report.baselines": tuple(system for system in SYSTEMS if system not in PRETRAINING),
+    "report.baselines": tuple(system for system in SYSTEMS if system not in (*PRETRAINING, "downstream")),
 }
 
 
@@ -132,7 +141,8 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         raise UserError(
             f"mesh.model={config.mesh.model} does not divide the item table; allowed: 1, 2, 4, 8, 16, 32, 64"
         )
-    for message in (*_data_conflicts(config), *_training_conflicts(config, data), *_eval_conflicts(config)):
+    of_training = _training_conflicts(config, data)
+    for message in (*_data_conflicts(config), *of_training, *user_conflicts(config), *_eval_conflicts(config)):
         raise UserError(message)
 
 

@@ -19,6 +19,8 @@ FREE_TEXT = {
     "name", "init_from", "data.name", "data.dir", "data.path", "data.user_column", "data.item_column",
     "data.time_column", "data.attributes",
     "data.attribute_columns", "data.attribute_separator", "data.cache_dir", "eval.negatives",
+    "profile.labels", "profile.label", "profile.user_column",
+    "cold_start.targets", "cold_start.user_column", "cold_start.item_column",
 }  # fmt: skip
 
 

@@ -12,19 +12,20 @@ PACKAGE = ROOT / "seqrec_jax"
 
 # Every module, without "seqrec_jax.": each may import only those before it.
 ORDER = [
-    "errors", "protocol", "validate", "config",
-    "data.dataset", "data.tfds_interactions", "data.tables", "data.sources", "data.synthetic", "data.attributes",
-    "data.prepare",
-    "data.batches", "data.prefixes", "data.same_target",
+    "errors", "protocol", "user_conflicts", "validate", "config",
+    "data.dataset", "data.tfds_interactions", "data.files", "data.rows", "data.tables", "data.sources",
+    "data.synthetic", "data.attributes", "data.prepare", "data.splits", "data.labels", "data.cold_start",
+    "data.histories", "data.vectors", "data.batches", "data.tasks", "data.prefixes", "data.same_target",
     "augment", "cloze", "sharding",
     "encoders.transformer", "encoders.gru", "encoders",
-    "losses.softmax", "losses.contrastive", "losses.negatives", "losses.next_item",
+    "losses.softmax", "losses.contrastive", "losses.negatives", "losses.next_item", "losses.bootstrap",
     "losses.mutual_information",
-    "systems.system", "systems.pop", "systems.sasrec", "systems.cl4srec", "systems.duorec", "systems.s3rec", "systems",
+    "systems.system", "systems.pop", "systems.sasrec", "systems.cl4srec", "systems.duorec", "systems.s3rec",
+    "systems.clue", "systems.downstream", "systems",
     "optimizer", "train_step",
-    "ranking", "evaluate", "analysis",
+    "ranking", "evaluate", "judge", "analysis",
     "checkpoint", "transfer", "workdir", "train",
-    "recommend", "report", "compare", "run", "main",
+    "recommend", "embed", "report", "compare", "run", "main",
     "",  # the package itself: only a door to the finished product
 ]  # fmt: skip
 

@@ -9,6 +9,8 @@ import polars as pl
 
 from seqrec_jax.data import tables
 from seqrec_jax.data.dataset import SequenceDataset
+from seqrec_jax.data.files import read_bytes
+from seqrec_jax.data.rows import LIST
 from seqrec_jax.data.sources import ATTRIBUTES
 from seqrec_jax.data.synthetic import synthetic_clusters
 from seqrec_jax.errors import UserError
@@ -70,8 +72,8 @@ def read_attributes(path: Path | None, config_data) -> pl.DataFrame:
 
     def entries(column):
         text = pl.col(column).fill_null("")
-        listed = text.str.starts_with(tables.LIST)
-        found = pl.when(listed).then(text.str.split(tables.LIST)).otherwise(text.str.split(separator))
+        listed = text.str.starts_with(LIST)
+        found = pl.when(listed).then(text.str.split(LIST)).otherwise(text.str.split(separator))
         found = found.list.eval(pl.element().str.strip_chars())
         found = found.list.eval(pl.element().filter(pl.element() != ""))
         return found.list.eval(pl.lit(f"{column}=") + pl.element()) if len(columns) > 1 else found
@@ -129,7 +131,7 @@ def report_line(known: dict) -> str:
 
 def _json(path: Path) -> pl.DataFrame:
     try:
-        found = json.loads(tables.read_bytes(path))
+        found = json.loads(read_bytes(path))
     except ValueError as error:
         raise UserError(f"{path} is no JSON: {error}") from None
     if not isinstance(found, dict) or not found:
@@ -145,5 +147,5 @@ def _json(path: Path) -> pl.DataFrame:
 
 def _token_sequences(path: Path) -> tuple[str, ...]:
     """The names of a RecBole file's token_seq columns."""
-    header = tables.read_bytes(path).split(b"\n", 1)[0].decode("utf-8-sig", "replace").strip()
+    header = read_bytes(path).split(b"\n", 1)[0].decode("utf-8-sig", "replace").strip()
     return tuple(name for name, _, kind in (part.partition(":") for part in header.split("\t")) if kind == "token_seq")

@@ -12,6 +12,7 @@ import numpy as np
 from flax import struct
 
 from seqrec_jax.data.dataset import SequenceDataset
+from seqrec_jax.data.splits import trained_on
 
 WORTH_PACKING = 0.9  # packed rows a history, above which histories are left one a row
 
@@ -53,10 +54,9 @@ def train_lengths(dataset: SequenceDataset) -> np.ndarray:
     Nothing for those whom dataset.train_fraction leaves out. All that counts or draws training actions asks here.
     """
     lengths_U = np.diff(dataset.offsets_U1)
-    drawn_U = np.argsort(np.random.PCG64(0).random_raw(len(lengths_U)))  # the same in every version of NumPy
-    left_out = drawn_U[max(round(dataset.train_fraction * len(lengths_U)), 1) :]
+    users_U = np.arange(len(lengths_U))
     train_U = np.where(lengths_U >= 3, lengths_U - 2, lengths_U)
-    train_U[left_out] = 0
+    train_U[~np.isin(users_U, trained_on(users_U, dataset))] = 0
     return train_U
 
 
@@ -95,9 +95,12 @@ def train_examples(dataset: SequenceDataset, targets: str, max_length: int, *, w
 
 
 def history_examples(dataset: SequenceDataset, held_out: int, max_length: int) -> Examples:
-    """The last `max_length` items before each evaluated user's held-out item (1 = test, 2 = validation)."""
+    """The last `max_length` items before each evaluated user's held-out item (1 = test, 2 = validation).
+
+    0 holds nothing out: the last `max_length` items of every user.
+    """
     lengths_U = np.diff(dataset.offsets_U1)
-    users_E = np.flatnonzero(lengths_U >= 3)
+    users_E = np.flatnonzero(lengths_U >= (3 if held_out else 1))
     inputs_E = lengths_U[users_E] - held_out
     length_E = np.minimum(inputs_E, max_length)
     return _examples(dataset.offsets_U1[users_E] + inputs_E - length_E, length_E, users_E, 0)
@@ -165,16 +168,18 @@ def make_layout(
     packed: bool = True,
     last_target_only: bool = False,
     row_multiple: int = 1,
+    room: int = 0,
 ) -> Layout:
     """Packs `examples` into rows of `width` and deals about `batch_size` of them to a step.
 
     Not `packed`, or where packing would save less than a tenth of the rows: one history a row.
+    `room`: cells left free behind each history, for which rows are as much wider (for a [UR] token: 1).
     `row_multiple`: devices that share the rows; it appends empty rows, which changes no draw and no value.
     """
     count = len(examples.length_E)
     steps = -(-count // batch_size)
     class_E = examples.length_E
-    row_S, column_S, length_S = pack(examples.length_E, width)
+    row_S, column_S, length_S = pack(examples.length_E + room, width + room)
     rows = row_S.max() + 1
     packed = packed and steps <= rows <= WORTH_PACKING * count  # with fewer rows than steps, some would be empty
     if not packed:
@@ -206,7 +211,7 @@ def make_layout(
         nth_U=int32(nth_U),
         steps=steps,
         rows=-(-rows // row_multiple) * row_multiple,
-        width=width,
+        width=width + room,
         packed=packed,
         last_target_only=last_target_only,
         positions=positions,
@@ -257,7 +262,7 @@ def batch_of(items_A: jax.Array, layout: Layout, plan: Plan, step_in_epoch: jax.
 
 
 def rows_of(items_A, *, users_U, start_U, length_U, row_U, column_U, rows, width, last_target_only, positions) -> Batch:
-    """Writes histories, given by where they start in items_A, into their cells."""
+    """Writes histories, given by where they start in items_A, into their cells; those of a row come left to right."""
     segments_RxL, offset_RxL = cells(row_U, column_U, length_U, rows, width)
     real_RxL = segments_RxL > 0
     owner_RxL = jnp.maximum(segments_RxL - 1, 0)

@@ -13,6 +13,7 @@ import polars as pl
 
 from seqrec_jax.data import attributes, sources, tables
 from seqrec_jax.data.dataset import SequenceDataset
+from seqrec_jax.data.files import read_bytes
 from seqrec_jax.errors import UserError, unknown
 
 _VERSION = 2  # of the prepared files: a change of their meaning or of a rule below makes old caches unused
@@ -195,7 +196,7 @@ def _store(dataset: SequenceDataset, folder: Path) -> None:
 
 def _digest(path: Path) -> str:
     """SHA-256 of a file's bytes, decompressed."""
-    return hashlib.sha256(tables.read_bytes(path)).hexdigest()
+    return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
 def _folder_digest(path: Path) -> str:

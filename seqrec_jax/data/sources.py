@@ -5,7 +5,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from seqrec_jax.data.tables import FORMATS, Table, read_table
+from seqrec_jax.data.rows import FORMATS, form_of
+from seqrec_jax.data.tables import Table, read_table
 from seqrec_jax.errors import UserError, unknown
 
 # Named data sets: file name in `data.dir`.
@@ -23,6 +24,7 @@ ATTRIBUTES = {  # of their items
     "lastfm": "LastFM_item2attributes.json.gz",
     "ml1m": "ml-1m/movies.dat.gz",
 }
+LABELS = {"ml1m": "ml-1m/users.dat.gz"}  # of their users
 
 
 def resolve(config_data: ConfigDict) -> tuple[Path, str]:
@@ -42,11 +44,7 @@ def resolve(config_data: ConfigDict) -> tuple[Path, str]:
         if config_data.format not in FORMATS:
             raise unknown("data.format", config_data.format, FORMATS)
         return path, config_data.format
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    for name, form in FORMATS.items():
-        if suffix in form.suffixes:
-            return path, name
-    raise UserError(f"the name of {path} does not tell its format: set --config.data.format={'|'.join(FORMATS)}")
+    return path, form_of(path, f"set --config.data.format={'|'.join(FORMATS)}")
 
 
 def read(config_data: ConfigDict) -> Table:

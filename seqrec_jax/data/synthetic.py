@@ -6,6 +6,7 @@ CLUSTERS = 25
 FOLLOW = 0.2  # share of actions that go to a successor of the previous item, so that order matters
 NOISE = 0.2  # share of actions that come from anywhere, by popularity
 DRIFT = 0.15  # chance, after an action, that the user's current interest moves on
+TASTES = 5  # classes of users
 SUCCESSORS = 3  # an item has so many; they lie in its own cluster
 
 
@@ -25,6 +26,12 @@ def synthetic_table(users: int, items: int, seed: int) -> list[np.ndarray]:
         successors[part] = part[np.searchsorted(share, generator.random((len(part), SUCCESSORS)))]
     lengths_U = np.clip(5 + generator.geometric(0.18, users) - 1, 5, min(60, items))
     return [_history(generator, length, members, shares, anywhere, successors) for length in lengths_U]
+
+
+def synthetic_taste(users: int, items: int, seed: int) -> np.ndarray:
+    """[users] a label to learn, 0..4: the fifth of the ring of clusters that most of a user's items lie in."""
+    fifth_V = synthetic_clusters(items, seed) * TASTES // min(CLUSTERS, items)
+    return np.array([np.bincount(fifth_V[history - 1]).argmax() for history in synthetic_table(users, items, seed)])
 
 
 def synthetic_clusters(items: int, seed: int) -> np.ndarray:

@@ -1,47 +1,16 @@
 """The one reader of everything tabular: strings, checked row by row, each with its line in the source."""
 
 import dataclasses
-import gzip
-import io
-import json
-import re
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
 
-from seqrec_jax.data import tfds_interactions
-from seqrec_jax.errors import UserError, unknown
-
-
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """How the rows of a file are told apart; a file name that ends in one of `suffixes` (or suffix.gz) selects it."""
-
-    suffixes: tuple[str, ...]
-    separator: str = ""  # "" = not a delimited text file
-    names: tuple[str, ...] = ()  # columns of a file without header; () = the first line names them
-    quotes: bool = False  # fields may stand in double quotes
-    typed: bool = False  # the header says name:type
-    encoding: str = "utf-8-sig"  # UTF-8, a byte order mark is skipped
-
-
-FORMATS = {
-    "lines": Format((".txt",)),
-    "csv": Format((".csv",), ",", quotes=True),
-    "tsv": Format((".tsv",), "\t", quotes=True),
-    "parquet": Format((".parquet",)),
-    "jsonl": Format((".jsonl", ".json")),
-    "recbole": Format((".inter",), "\t", typed=True),
-    "movielens": Format((".dat",), "::", ("user_id", "item_id", "rating", "timestamp"), encoding="latin-1"),
-    "tfds": Format(()),
-}
+from seqrec_jax.data.rows import FORMATS, raw_pieces, shown
+from seqrec_jax.errors import UserError
 
 _MAX_ID = 1000  # characters; vocabularies are fixed-width arrays, one endless id would fill the memory
 _FRACTION = r"^[+-]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$|^[+-]?[0-9]+[eE][+-][0-9]+$"
-LIST = "\x1f"  # stands before each entry of a list column
-_NOT_UTF8 = "\x00\ufffd"  # stands for undecodable bytes until their row is rejected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,161 +49,33 @@ def read_table(
 
     Raises UserError, also for a missing, empty or damaged file and for missing columns.
     """
-    blank_lines = 0
-    if form == "tfds":
-        frame = _cells(tfds_interactions.read(path), path, columns)
-    elif form == "parquet":
-        frame = _parquet(path, columns)
-    else:
-        lines = _text_lines(path, FORMATS[form].encoding)
-        blank = lines["raw"].str.strip_chars(" ") == ""
-        blank_lines = int(blank.sum())
-        lines = lines.filter(~blank)
-        if lines.is_empty():
-            raise UserError(f"{path} is empty: it holds no line besides blank ones")
-        if form == "lines":
-            frame = _histories(lines, *columns)
-        elif form == "jsonl":
-            frame = _json_objects(lines, path, columns)
-        else:
-            frame = _delimited(lines, path, FORMATS[form], tuple(names) or FORMATS[form].names, columns)
-    if frame.is_empty():
+    (table,) = read_pieces(path, form, columns, on_bad_row, names)
+    return table
+
+
+def read_pieces(
+    path: Path,
+    form: str,
+    columns: Mapping[str, str],
+    on_bad_row: str = "error",
+    names: Sequence[str] = (),
+    lines: int | None = None,
+) -> Iterator[Table]:
+    """What `read_table` gives, from so many lines of the file at a time (None: all), for files beyond the memory."""
+    found = False
+    for frame, blank_lines in raw_pieces(path, form, columns, tuple(names) or FORMATS[form].names, lines):
+        if frame.is_empty():
+            continue
+        found = True
+        frame = frame.with_columns(pl.col(*columns).str.strip_chars())
+        faults = (fault for column, kind in columns.items() for fault in _faults(column, kind))
+        frame = frame.with_columns(reason=pl.coalesce("reason", *faults))
+        rejections = _reject(frame.filter(pl.col("reason").is_not_null()), path, on_bad_row)
+        good = frame.filter(pl.col("reason").is_null()).select("line", *columns)
+        numbers = [_number(good[column]) for column, kind in columns.items() if kind == "number"]
+        yield Table(good.with_columns(numbers), frame.height, blank_lines, rejections)
+    if not found:
         raise UserError(f"{path} holds no rows, only a header")
-    frame = frame.with_columns(pl.col(*columns).str.strip_chars())
-    frame = frame.with_columns(
-        reason=pl.coalesce("reason", *(fault for column, kind in columns.items() for fault in _faults(column, kind)))
-    )
-    rejections = _reject(frame.filter(pl.col("reason").is_not_null()), path, on_bad_row)
-    good = frame.filter(pl.col("reason").is_null()).select("line", *columns)
-    numbers = [_number(good[column]) for column, kind in columns.items() if kind == "number"]
-    return Table(good.with_columns(numbers), frame.height, blank_lines, rejections)
-
-
-def read_bytes(path: Path) -> bytes:
-    """The file's bytes, decompressed where they are gzip. Raises UserError where they cannot be had."""
-    try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: correct --config.data.path or --config.data.dir") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder, not a file (TFDS folders need --config.data.format=tfds)") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged or cut short: {error}. Copy or download it again") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if not data:
-        raise UserError(f"{path} is empty")
-    return data
-
-
-def _text_lines(path: Path, encoding: str) -> pl.DataFrame:
-    """[line, raw, reason]: the file's lines; `reason` is set where the bytes are not text."""
-    text = read_bytes(path).decode(encoding, "surrogateescape")
-    text = re.sub("[\udc80-\udcff]+", _NOT_UTF8, text)
-    raw = text.removesuffix("\n").split("\n")
-    return (
-        pl.DataFrame({"raw": raw})
-        .with_row_index("line", offset=1)
-        .with_columns(
-            pl.col("raw").str.strip_suffix("\r"),
-            reason=pl.when(pl.col("raw").str.contains(_NOT_UTF8, literal=True))
-            .then(pl.lit("bytes that are not UTF-8"))
-            .when(pl.col("raw").str.contains("\x00", literal=True))
-            .then(pl.lit("a NUL byte")),
-        )
-    )
-
-
-def _delimited(
-    lines: pl.DataFrame, path: Path, form: Format, names: tuple[str, ...], columns: Mapping[str, str]
-) -> pl.DataFrame:
-    """Splits lines at the separator. Lines are split one by one, so a row's line number is exact by construction."""
-    quoted = form.quotes and lines["raw"].str.contains('"', literal=True).any()
-    sep, raw = form.separator, pl.col("raw")
-    if quoted:  # every field with the separator before it: quoted, or plain, or empty
-        raw = pl.lit(sep) + raw
-        fields = raw.str.extract_all(f'{sep}(?:"(?:[^"]|"")*"|[^"{sep}][^{sep}]*|)')
-    else:
-        fields = raw.str.split(sep)
-    lines = lines.with_columns(fields=fields)
-    if quoted:
-        unpaired = pl.col("fields").list.join("") != raw
-        lines = lines.with_columns(_reason("quotes that do not pair up within the line", unpaired))
-
-    def value(index: int) -> pl.Expr:
-        field = pl.col("fields").list.get(index, null_on_oob=True)
-        if not quoted:
-            return field
-        field = field.str.slice(1)
-        inner = field.str.slice(1, field.str.len_chars().cast(pl.Int64) - 2).str.replace_all('""', '"', literal=True)
-        return pl.when(field.str.starts_with('"')).then(inner).otherwise(field)
-
-    if not names:
-        line, text, fault, header = lines.row(0)
-        if fault:
-            raise UserError(f"{path}:{line}: {fault} in the header: {_shown(text)}. Save the file as UTF-8 text")
-        names = tuple(lines.head(1).select(value(i).str.strip_chars().alias(str(i)) for i in range(len(header))).row(0))
-        names = tuple(name.partition(":")[0] for name in names) if form.typed else names
-        lines = lines.slice(1)
-    _demand(columns, names, path)
-    wrong = pl.col("fields").list.len() != len(names)
-    lines = lines.with_columns(_reason(f"wrong number of fields (expected {len(names)})", wrong))
-    return lines.select("line", "raw", "reason", **{column: value(names.index(column)) for column in columns})
-
-
-def _histories(lines: pl.DataFrame, user: str, item: str) -> pl.DataFrame:
-    """Lines `user item item ...`: one row per item. A line without items is one row with an empty item."""
-    tokens = lines.select("line", "reason", tokens=pl.col("raw").str.extract_all(r"\S+"))
-    rows = tokens.select(
-        "line", "reason", pl.col("tokens").list.first().alias(user), pl.col("tokens").list.slice(1).alias(item)
-    ).explode(item, empty_as_null=True)
-    return rows.with_columns(raw=pl.concat_str(user, item, separator=" ", ignore_nulls=True))
-
-
-def _json_objects(lines: pl.DataFrame, path: Path, columns: Mapping[str, str]) -> pl.DataFrame:
-    """One JSON object per line; null and a missing key are an empty value."""
-    raw = pl.col("raw")
-    values = {column: raw.str.json_path_match(f"$[{json.dumps(column)}]") for column in columns}
-    no_object = ~raw.str.starts_with("{") | raw.str.json_path_match("$").is_null()
-    frame = lines.with_columns(_reason("not a JSON object", no_object), **values)
-    first = frame.filter(pl.col("reason").is_null())["raw"].head(1)
-    present = [column for column in columns if frame[column].null_count() < frame.height]
-    if len(first):
-        _demand(columns, list(dict.fromkeys([*json.loads(first[0]), *present])), path)
-    return frame
-
-
-def _parquet(path: Path, columns: Mapping[str, str]) -> pl.DataFrame:
-    try:
-        return _cells(pl.read_parquet(io.BytesIO(read_bytes(path))), path, columns)
-    except pl.exceptions.PolarsError as error:
-        raise UserError(f"{path} cannot be read as Parquet: {error}") from None
-
-
-def _cells(frame: pl.DataFrame, path: Path, columns: Mapping[str, str]) -> pl.DataFrame:
-    """A typed frame as strings; times become their integer counts. `line` is the row number."""
-    _demand(columns, frame.columns, path)
-    lists = [name for name, kind in columns.items() if kind == "list" and frame.schema[name].is_nested()]
-    text = {name: LIST + pl.col(name).cast(pl.List(pl.String)).list.join(LIST) for name in lists}
-    frame = frame.with_columns(**text)
-    frame = frame.select(*columns).with_columns(pl.selectors.temporal().cast(pl.Int64)).cast(pl.String)
-    raw = pl.concat_str(pl.all().fill_null(""), separator=", ")
-    return frame.with_columns(raw=raw, reason=pl.lit(None, pl.String)).with_row_index("line", offset=1)
-
-
-def _demand(columns: Mapping[str, str], names: Sequence[str], path: Path) -> None:
-    for column in columns:
-        if column not in names:
-            hint = "Set --config.data.*_column (time_column= where rows without times are in order)"
-            raise UserError(f"{unknown(f'{path}: column', column, names)}. {hint}")
-        if list(names).count(column) > 1 or column in ("line", "raw", "reason"):
-            raise UserError(f"{path}: the name of column '{column}' is taken: rename it")
-
-
-def _reason(text: str, bad: pl.Expr) -> pl.Expr:
-    """Column `reason` with `text` where `bad`, unless an earlier reason stands there."""
-    return pl.coalesce("reason", pl.when(bad).then(pl.lit(text)))
 
 
 def _faults(column: str, kind: str) -> list[pl.Expr]:
@@ -263,17 +104,11 @@ def _reject(bad: pl.DataFrame, path: Path, on_bad_row: str) -> tuple[Rejection, 
     if on_bad_row == "error" and len(bad):
         first = bad.row(0, named=True)
         raise UserError(
-            f"{path}:{first['line']}: {first['reason']}: {_shown(first['raw'])}. Correct the row, or leave bad rows "
+            f"{path}:{first['line']}: {first['reason']}: {shown(first['raw'])}. Correct the row, or leave bad rows "
             "out, counted and reported, with --config.data.on_bad_row=drop"
         )
     groups = bad.group_by("reason", maintain_order=True).agg(pl.len(), pl.first("line"), pl.first("raw"))
-    return tuple(Rejection(reason, count, line, _shown(raw)) for reason, count, line, raw in groups.iter_rows())
-
-
-def _shown(raw: str) -> str:
-    """Text from a file made safe and short for a message."""
-    raw = raw.replace(_NOT_UTF8, "\ufffd")
-    return ascii(raw if len(raw) <= 80 else raw[:77] + "...")
+    return tuple(Rejection(reason, count, line, shown(raw)) for reason, count, line, raw in groups.iter_rows())
 
 
 def _number(values: pl.Series) -> pl.Series:

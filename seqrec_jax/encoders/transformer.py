@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from seqrec_jax.data.batches import Batch
+from seqrec_jax.data.batches import Batch, cells, position_ids
 
+USER_TOKEN = -1  # stands for [UR] among a batch's items
 HIDE = -1e30  # added to attention scores of hidden cells; finite, so that a fully hidden row stays finite
 
 
@@ -34,13 +35,13 @@ def fused_attention(query_RxHxLxW, key_RxHxLxW, value_RxHxLxW, visible_RxLxL) ->
 
 
 class Block(nn.Module):
-    """Self-attention and feed-forward with residuals (post-, pre- or query-norm)."""
+    """Self-attention and feed-forward with residuals (post-, pre- or query-norm); of `cells_U` alone, if given."""
 
     config: Any  # config.encoder, frozen
     init: Any
 
     @nn.compact
-    def __call__(self, x_NxD, visible_RxLxL, key, rate):
+    def __call__(self, x_NxD, visible_RxLxL, key, rate, cells_U=None):
         # Cells lie flat, N = R * L: XLA's CPU backend copies a three-dimensional operand of a weight's gradient.
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         norm = lambda name: nn.LayerNorm(config.norm_epsilon, dtype=jnp.float32, name=name)  # noqa: E731
@@ -61,6 +62,8 @@ class Block(nn.Module):
             weights = jax.nn.softmax(jnp.where(visible_RxLxL[:, None], scores_RxHxLxL, HIDE)).astype(dtype)
             mixed = jnp.einsum("rhqk,rhkw->rhqw", dropout(keys[0], weights, rate), value)
         mixed = mixed.swapaxes(1, 2).reshape(x_NxD.shape)
+        if cells_U is not None:
+            mixed, source, x_NxD = mixed[cells_U], source[cells_U], x_NxD[cells_U]
         mixed = dropout(keys[1], dense(config.dim, "output")(mixed), rate)
         x_NxD = (source if config.norm == "query" else x_NxD) + mixed
         if config.norm == "post":
@@ -81,12 +84,12 @@ class Transformer(nn.Module):
     causal: bool = True
 
     @nn.compact
-    def __call__(self, embedded_RxLxD, positions_RxL, segments_RxL, key, embedding_rate, hidden_rate):
+    def __call__(self, embedded_RxLxD, positions_RxL, segments_RxL, key, embedding_rate, hidden_rate, cells_U=None):
         config = self.config
         init = initializer(config)
         norm = lambda name: nn.LayerNorm(config.norm_epsilon, dtype=jnp.float32, name=name)  # noqa: E731
         keys = [None] * (config.layers + 1) if key is None else jax.random.split(key, config.layers + 1)
-        positions = self.param("positions", init, (config.max_length, config.dim))
+        positions = self.param("positions", init, (config.max_length + config.user_token, config.dim))
         x = embedded_RxLxD * (config.dim**0.5 if config.scale_embedding else 1.0) + positions[positions_RxL]
         x = norm("norm_input")(x) if config.input_norm else x
         x = dropout(keys[0], x, embedding_rate).astype(config.dtype).reshape(-1, config.dim)
@@ -94,9 +97,10 @@ class Transformer(nn.Module):
         if self.causal:
             visible &= jnp.tril(jnp.ones((visible.shape[1],) * 2, bool))
         for layer in range(config.layers):
-            x = Block(config, init, name=f"block_{layer}")(x, visible, keys[layer + 1], hidden_rate)
+            wanted = cells_U if layer == config.layers - 1 else None
+            x = Block(config, init, name=f"block_{layer}")(x, visible, keys[layer + 1], hidden_rate, wanted)
         x = norm("norm_output")(x) if config.final_norm else x
-        return x.astype(jnp.float32).reshape(embedded_RxLxD.shape)
+        return x.astype(jnp.float32).reshape(embedded_RxLxD.shape if cells_U is None else x.shape)
 
 
 def initializer(config: ConfigDict):
@@ -119,18 +123,54 @@ def init(key: jax.Array, config: ConfigDict, num_items: int, *, causal: bool = T
     zeros = jnp.zeros((1, config.max_length), jnp.int32)
     embedded = jnp.zeros((1, config.max_length, config.dim))
     encoder = Transformer(config, causal).init(key_encoder, embedded, zeros, zeros, None, 0.0, 0.0)["params"]
+    if config.user_token:
+        encoder |= {"user_token": initializer(config)(jax.random.fold_in(key_encoder, 0), (config.dim,))}
     return {"items": items_VxD, "encoder": encoder}
 
 
 def encode(
-    params: dict, batch: Batch, config: ConfigDict, key: jax.Array | None, hparams: dict, *, causal: bool = True
+    params: dict,
+    batch: Batch,
+    config: ConfigDict,
+    key: jax.Array | None,
+    hparams: dict,
+    *,
+    causal: bool = True,
+    cells_U: jax.Array | None = None,
 ) -> jax.Array:
-    """hidden_RxLxD float32. `key` None: no dropout; hparams holds the two dropout rates."""
+    """hidden_RxLxD float32. `key` None: no dropout; hparams holds the two dropout rates.
+
+    `cells_U`: [U, D], the states of these cells alone, flat indices; the last feed-forward layer is theirs alone.
+    """
     embedded_RxLxD = params["items"][batch.items_RxL]
+    if config.user_token:
+        is_token_RxLx1 = (batch.items_RxL == USER_TOKEN)[..., None]
+        embedded_RxLxD = jnp.where(is_token_RxLx1, params["encoder"]["user_token"], embedded_RxLxD)
     return Transformer(config, causal).apply(
         {"params": params["encoder"]}, embedded_RxLxD, batch.positions_RxL, batch.segments_RxL, key,
-        hparams["embedding_dropout"], hparams["hidden_dropout"],
+        hparams["embedding_dropout"], hparams["hidden_dropout"], cells_U,
     )  # fmt: skip
+
+
+def append_user_token(batch: Batch, positions: str) -> Batch:
+    """[UR] in the free cell behind every history, as its last item, at position L + 1 (CLUE, Section IV-C)."""
+    rows, width = batch.items_RxL.shape
+    length_U = jnp.where(batch.length_U > 0, batch.length_U + 1, 0)
+    segments_RxL, offset_RxL = cells(batch.row_U, batch.column_U, length_U, rows, width)
+    length_RxL = length_U[jnp.maximum(segments_RxL - 1, 0)]
+    is_token_RxL = (segments_RxL > 0) & (offset_RxL == length_RxL - 1)
+    return batch.replace(
+        items_RxL=jnp.where(is_token_RxL, USER_TOKEN, batch.items_RxL),
+        segments_RxL=segments_RxL,
+        positions_RxL=position_ids(offset_RxL, length_RxL, width, positions),
+        length_U=length_U,
+    )
+
+
+def user_states(params: dict, batch: Batch, config: ConfigDict, key: jax.Array | None, hparams: dict) -> jax.Array:
+    """[U, D]: each history's state at the [UR] token behind it, which reads all of it (config.user_token)."""
+    batch = append_user_token(batch, config.positions)
+    return encode(params, batch, config, key, hparams, causal=False, cells_U=batch.last_U)
 
 
 def last_states(hidden_RxLxD: jax.Array, batch: Batch) -> jax.Array:

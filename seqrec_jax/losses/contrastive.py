@@ -47,4 +47,4 @@ def info_nce(
 
 def unit(x_NxD: jax.Array) -> jax.Array:
     """Rows of length 1; a row of zeros stays, with finite gradients."""
-    return x_NxD / jnp.sqrt((x_NxD**2).sum(axis=1, keepdims=True) + 1e-12)
+    return x_NxD / jnp.sqrt((x_NxD**2).sum(axis=-1, keepdims=True) + 1e-12)

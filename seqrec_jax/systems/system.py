@@ -36,6 +36,7 @@ def hparams_of(config: ConfigDict) -> dict:
         "map": config.s3rec.map,
         "sp": config.s3rec.sp,
         "cloze": config.s3rec.mask,
+        "view_share": config.clue.share,
         "learning_rate": config.train.learning_rate,
         "weight_decay": config.train.weight_decay,
         "beta1": config.train.beta1,

@@ -1,0 +1,55 @@
+"""CLUE: Learning Transferable User Representations with Sequential Behaviors via Contrastive Pre-training (ICDM 2021).
+
+The pretraining stage; configs/clue_finetune.py goes on from its workdir. Two views of each history by dropout alone
+(`clue.view=mask|crop|permute`: changed histories), no negatives. `masked_items`: PeterRec's objective on the same
+encoder, [UR] token included, the paper's baseline. The run goes through all its epochs and its last checkpoint counts;
+watch `above_minimum` (the loss's distance from -1) and `spread` (of the normalised projections) for a collapse, which
+`no_stop_gradient` and `no_predictor` show (Figure 6).
+
+    python -m seqrec_jax.main --config=configs/clue_pretrain.py
+    python -m seqrec_jax.main --config=configs/clue_pretrain.py:ml1m --config.data.dir=DATA --workdir=PRETRAINED
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def masked_items(config: ConfigDict) -> None:
+    """PeterRec's pretraining objective."""
+    config.clue.pretraining = "masked_items"
+
+
+def no_stop_gradient(config: ConfigDict) -> None:
+    """Figure 6b: collapses."""
+    config.clue.stop_gradient = False
+
+
+def no_predictor(config: ConfigDict) -> None:
+    """Figure 6a: collapses."""
+    config.clue.predictor = False
+
+
+VARIANTS = {
+    "smoke": base.smoke,
+    "masked_items": masked_items,
+    "no_stop_gradient": no_stop_gradient,
+    "no_predictor": no_predictor,
+}
+
+
+def user_encoder(config: ConfigDict) -> None:
+    """The paper's encoder with the [UR] token: 4 heads, ReLU."""
+    config.encoder.update(user_token=True, heads=4, activation="relu")
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    config = base.get_config()
+    config.name = "clue_pretrain"
+    config.system = "clue"
+    config.train.update(schedule="constant", max_epochs=50, patience=0)
+    config.report.baselines = ()
+    user_encoder(config)
+    if not argument:
+        base.embedded_encoder(config)
+    return base.select(config, argument, VARIANTS)
