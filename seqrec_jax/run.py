@@ -218,7 +218,7 @@ def _header(config, dataset) -> dict:
     report_ = dataset.report
     return {
         "system": config.system + (" gru" if config.encoder.kind == "gru" and config.system != "pop" else ""),
-        "task": f"{config.task} {config.profile.label}" if config.task == "profile" else config.task,
+        "task": f"profile {report_['profile']['label']}" if config.task == "profile" else config.task,
         "protocol": config.eval.protocol,
         "protocol_line": protocol_of(config).line(),
         "metric": protocol_of(config).metric,

@@ -275,9 +275,11 @@ def trained(**settings):
 
 def test_both_ablations_collapse_where_the_method_does_not():
     """Figure 6: without stop-gradient, or without predictor, all users are projected to one place."""
-    whole, no_stop, no_predictor = trained(), trained(clue__stop_gradient=False), trained(clue__predictor=False)
-    print(whole, no_stop, no_predictor)
-    assert whole[1] > 0.2
+    distance, spread = trained()
+    assert distance > 0.2 and spread > 0.8 / 8**0.5
+    for ablation in ("stop_gradient", "predictor"):
+        distance, spread = trained(**{f"clue__{ablation}": False})
+        assert distance < 0.05 and spread < 0.3 / 8**0.5
 
 
 # What is refused ------------------------------------------------------------------------------------------------------

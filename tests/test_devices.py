@@ -68,8 +68,9 @@ def single(cache, tmp_path_factory):
         pytest.param("cl4srec", (("data", 4), ("model", 2)), marks=pytest.mark.slow),
         pytest.param("duorec", (("data", 4), ("model", 2)), marks=pytest.mark.slow),
         pytest.param("s3rec_pretrain", (("data", 4), ("model", 2)), marks=pytest.mark.slow),
+        pytest.param("clue_pretrain", (("data", 4), ("model", 2)), marks=pytest.mark.slow),
     ],
-    ids=["sasrec 8", "cl4srec 8", "sasrec 4x2", "cl4srec 4x2", "duorec 4x2", "s3rec_pretrain 4x2"],
+    ids=["sasrec 8", "cl4srec 8", "sasrec 4x2", "cl4srec 4x2", "duorec 4x2", "s3rec_pretrain 4x2", "clue_pretrain 4x2"],
 )
 def test_eight_devices_give_the_losses_of_one(cache, single, tmp_path, system, mesh):
     _, expected = single(system)
