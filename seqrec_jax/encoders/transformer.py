@@ -34,13 +34,13 @@ def fused_attention(query_RxHxLxW, key_RxHxLxW, value_RxHxLxW, visible_RxLxL) ->
 
 
 class Block(nn.Module):
-    """Self-attention and feed-forward with residuals (post-, pre- or query-norm)."""
+    """Self-attention and feed-forward with residuals (post-, pre- or query-norm); `cells_U`: for these cells alone."""
 
     config: Any  # config.encoder, frozen
     init: Any
 
     @nn.compact
-    def __call__(self, x_NxD, visible_RxLxL, key, rate):
+    def __call__(self, x_NxD, visible_RxLxL, key, rate, cells_U=None):
         # Cells lie flat, N = R * L: XLA's CPU backend copies a three-dimensional operand of a weight's gradient.
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         norm = lambda name: nn.LayerNorm(config.norm_epsilon, dtype=jnp.float32, name=name)  # noqa: E731
@@ -61,6 +61,8 @@ class Block(nn.Module):
             weights = jax.nn.softmax(jnp.where(visible_RxLxL[:, None], scores_RxHxLxL, HIDE)).astype(dtype)
             mixed = jnp.einsum("rhqk,rhkw->rhqw", dropout(keys[0], weights, rate), value)
         mixed = mixed.swapaxes(1, 2).reshape(x_NxD.shape)
+        if cells_U is not None:  # what follows looks at no other cell
+            x_NxD, source, mixed = (y_NxD[cells_U] for y_NxD in (x_NxD, source, mixed))
         mixed = dropout(keys[1], dense(config.dim, "output")(mixed), rate)
         x_NxD = (source if config.norm == "query" else x_NxD) + mixed
         if config.norm == "post":
@@ -81,7 +83,7 @@ class Transformer(nn.Module):
     causal: bool = True
 
     @nn.compact
-    def __call__(self, embedded_RxLxD, positions_RxL, segments_RxL, key, embedding_rate, hidden_rate):
+    def __call__(self, embedded_RxLxD, positions_RxL, segments_RxL, key, embedding_rate, hidden_rate, cells_U=None):
         config = self.config
         init = initializer(config)
         norm = lambda name: nn.LayerNorm(config.norm_epsilon, dtype=jnp.float32, name=name)  # noqa: E731
@@ -94,9 +96,10 @@ class Transformer(nn.Module):
         if self.causal:
             visible &= jnp.tril(jnp.ones((visible.shape[1],) * 2, bool))
         for layer in range(config.layers):
-            x = Block(config, init, name=f"block_{layer}")(x, visible, keys[layer + 1], hidden_rate)
+            wanted_U = cells_U if layer == config.layers - 1 else None
+            x = Block(config, init, name=f"block_{layer}")(x, visible, keys[layer + 1], hidden_rate, wanted_U)
         x = norm("norm_output")(x) if config.final_norm else x
-        return x.astype(jnp.float32).reshape(embedded_RxLxD.shape)
+        return x.astype(jnp.float32).reshape(embedded_RxLxD.shape if cells_U is None else x.shape)
 
 
 def initializer(config: ConfigDict):
@@ -123,13 +126,17 @@ def init(key: jax.Array, config: ConfigDict, num_items: int, *, causal: bool = T
 
 
 def encode(
-    params: dict, batch: Batch, config: ConfigDict, key: jax.Array | None, hparams: dict, *, causal: bool = True
-) -> jax.Array:
-    """hidden_RxLxD float32. `key` None: no dropout; hparams holds the two dropout rates."""
+    params: dict, batch: Batch, config: ConfigDict, key: jax.Array | None, hparams: dict, *, causal: bool = True,
+    last_only: bool = False,
+) -> jax.Array:  # fmt: skip
+    """hidden_RxLxD float32; `last_only`: the last_states alone, [U, D], and the last layer ends with these cells.
+
+    `key` None: no dropout; hparams holds the two dropout rates.
+    """
     embedded_RxLxD = params["items"][batch.items_RxL]
     return Transformer(config, causal).apply(
         {"params": params["encoder"]}, embedded_RxLxD, batch.positions_RxL, batch.segments_RxL, key,
-        hparams["embedding_dropout"], hparams["hidden_dropout"],
+        hparams["embedding_dropout"], hparams["hidden_dropout"], batch.last_U if last_only else None,
     )  # fmt: skip
 
 

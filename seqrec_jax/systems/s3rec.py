@@ -47,8 +47,8 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
 
     def states(params, batch, key=None, hparams=NO_DROPOUT):
         asked = cloze.ask_next(batch, mask_item, encoder.positions)
-        hidden_RxLxD = encoders.encode(params, asked, encoder, key, hparams, causal=causal(encoder))
-        return mim.project(encoders.last_states(hidden_RxLxD, asked), params["maps"]["mip"])
+        last_UxD = encoders.encode(params, asked, encoder, key, hparams, causal=causal(encoder), last_only=True)
+        return mim.project(last_UxD, params["maps"]["mip"])
 
     system = System(functools.partial(init, config=config, dataset=dataset), states)
     if not len(dataset.items_A):  # a vocabulary alone, to recommend
