@@ -120,6 +120,15 @@ def test_last_states_are_those_of_the_last_items():
     ]
 
 
+@pytest.mark.parametrize("norm", ["post", "pre", "query"])
+def test_the_last_states_alone_are_the_same(norm):
+    config, batch = config_of(layers=2, norm=norm, final_norm=True), batch_of([[1, 1, 2, 2, 2, 0], [0, 3, 3, 3, 3, 4]])
+    params = parameters(config)
+    of_all = transformer.last_states(transformer.encode(params, batch, config, None, RATES), batch)
+    alone = transformer.encode(params, batch, config, None, RATES, last_only=True)
+    np.testing.assert_allclose(alone, of_all, rtol=1e-5, atol=1e-6)
+
+
 # The formula ----------------------------------------------------------------------------------------------------------
 
 

@@ -67,6 +67,10 @@ def test_each_packed_history_follows_the_recurrence_alone(params):
         for layer in ("layer_0", "layer_1"):
             x = recurrence(x, params["encoder"][layer])
         np.testing.assert_allclose(hidden[segment == SEGMENTS], x, rtol=1e-4, atol=1e-5)
+    places = {"row_U": [0, 0, 1, 1], "column_U": [3, 0, 0, 1], "length_U": [3, 2, 1, 4]}
+    batch = BATCH.replace(**{name: np.array(values) for name, values in places.items()})
+    last = encoders.encode(params, batch, config_of(), None, RATES, last_only=True)
+    np.testing.assert_allclose(last, hidden[[0, 0, 1, 1], [5, 1, 0, 4]], rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_stay_in_their_history_and_flow_back_alone(params):

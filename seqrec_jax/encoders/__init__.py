@@ -21,7 +21,11 @@ def init(key: jax.Array, config: ConfigDict, num_items: int, *, causal: bool = T
 
 
 def encode(
-    params: dict, batch: Batch, config: ConfigDict, key: jax.Array | None, hparams: dict, *, causal: bool = True
-) -> jax.Array:
-    """hidden_RxLxD float32. `key` None: no dropout; hparams holds the two dropout rates. UserError as in `init`."""
-    return ENCODERS[config.kind].encode(params, batch, config, key, hparams, causal=causal)
+    params: dict, batch: Batch, config: ConfigDict, key: jax.Array | None, hparams: dict, *, causal: bool = True,
+    last_only: bool = False,
+) -> jax.Array:  # fmt: skip
+    """hidden_RxLxD float32; `last_only`: the states at the histories' last items alone, [U, D], which costs less.
+
+    `key` None: no dropout; hparams holds the two dropout rates. UserError as in `init`.
+    """
+    return ENCODERS[config.kind].encode(params, batch, config, key, hparams, causal=causal, last_only=last_only)

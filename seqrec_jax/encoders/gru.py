@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from seqrec_jax.data.batches import Batch
-from seqrec_jax.encoders.transformer import dropout, initializer, table_rows
+from seqrec_jax.encoders.transformer import dropout, initializer, last_states, table_rows
 from seqrec_jax.errors import UserError
 
 
@@ -49,17 +49,20 @@ def init(key: jax.Array, config: ConfigDict, num_items: int, *, causal: bool = T
 
 
 def encode(
-    params: dict, batch: Batch, config: ConfigDict, key: jax.Array | None, hparams: dict, *, causal: bool = True
-) -> jax.Array:
-    """hidden_RxLxD float32. `key` None: no dropout; hparams holds the two dropout rates. No positions are read.
+    params: dict, batch: Batch, config: ConfigDict, key: jax.Array | None, hparams: dict, *, causal: bool = True,
+    last_only: bool = False,
+) -> jax.Array:  # fmt: skip
+    """hidden_RxLxD float32; `last_only`: the last_states alone, [U, D]. `key` None: no dropout; hparams holds the two
+    dropout rates. No positions are read.
 
     Raises UserError where `causal` is False.
     """
     _check_direction(causal)
-    return GRU(config).apply(
+    hidden_RxLxD = GRU(config).apply(
         {"params": params["encoder"]}, params["items"][batch.items_RxL], batch.segments_RxL, key,
         hparams["embedding_dropout"], hparams["hidden_dropout"],
     )  # fmt: skip
+    return last_states(hidden_RxLxD, batch) if last_only else hidden_RxLxD
 
 
 def _check_direction(causal: bool) -> None:

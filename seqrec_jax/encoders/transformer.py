@@ -35,7 +35,7 @@ def fused_attention(query_RxHxLxW, key_RxHxLxW, value_RxHxLxW, visible_RxLxL) ->
 
 
 class Block(nn.Module):
-    """Self-attention and feed-forward with residuals (post-, pre- or query-norm); of `cells_U` alone, if given."""
+    """Self-attention and feed-forward with residuals (post-, pre- or query-norm); `cells_U`: for these cells alone."""
 
     config: Any  # config.encoder, frozen
     init: Any
@@ -62,8 +62,8 @@ class Block(nn.Module):
             weights = jax.nn.softmax(jnp.where(visible_RxLxL[:, None], scores_RxHxLxL, HIDE)).astype(dtype)
             mixed = jnp.einsum("rhqk,rhkw->rhqw", dropout(keys[0], weights, rate), value)
         mixed = mixed.swapaxes(1, 2).reshape(x_NxD.shape)
-        if cells_U is not None:
-            mixed, source, x_NxD = mixed[cells_U], source[cells_U], x_NxD[cells_U]
+        if cells_U is not None:  # what follows looks at no other cell
+            x_NxD, source, mixed = (y_NxD[cells_U] for y_NxD in (x_NxD, source, mixed))
         mixed = dropout(keys[1], dense(config.dim, "output")(mixed), rate)
         x_NxD = (source if config.norm == "query" else x_NxD) + mixed
         if config.norm == "post":
@@ -97,8 +97,8 @@ class Transformer(nn.Module):
         if self.causal:
             visible &= jnp.tril(jnp.ones((visible.shape[1],) * 2, bool))
         for layer in range(config.layers):
-            wanted = cells_U if layer == config.layers - 1 else None
-            x = Block(config, init, name=f"block_{layer}")(x, visible, keys[layer + 1], hidden_rate, wanted)
+            wanted_U = cells_U if layer == config.layers - 1 else None
+            x = Block(config, init, name=f"block_{layer}")(x, visible, keys[layer + 1], hidden_rate, wanted_U)
         x = norm("norm_output")(x) if config.final_norm else x
         return x.astype(jnp.float32).reshape(embedded_RxLxD.shape if cells_U is None else x.shape)
 
@@ -129,18 +129,12 @@ def init(key: jax.Array, config: ConfigDict, num_items: int, *, causal: bool = T
 
 
 def encode(
-    params: dict,
-    batch: Batch,
-    config: ConfigDict,
-    key: jax.Array | None,
-    hparams: dict,
-    *,
-    causal: bool = True,
-    cells_U: jax.Array | None = None,
-) -> jax.Array:
-    """hidden_RxLxD float32. `key` None: no dropout; hparams holds the two dropout rates.
+    params: dict, batch: Batch, config: ConfigDict, key: jax.Array | None, hparams: dict, *, causal: bool = True,
+    last_only: bool = False,
+) -> jax.Array:  # fmt: skip
+    """hidden_RxLxD float32; `last_only`: the last_states alone, [U, D], and the last layer ends with these cells.
 
-    `cells_U`: [U, D], the states of these cells alone, flat indices; the last feed-forward layer is theirs alone.
+    `key` None: no dropout; hparams holds the two dropout rates.
     """
     embedded_RxLxD = params["items"][batch.items_RxL]
     if config.user_token:
@@ -148,7 +142,7 @@ def encode(
         embedded_RxLxD = jnp.where(is_token_RxLx1, params["encoder"]["user_token"], embedded_RxLxD)
     return Transformer(config, causal).apply(
         {"params": params["encoder"]}, embedded_RxLxD, batch.positions_RxL, batch.segments_RxL, key,
-        hparams["embedding_dropout"], hparams["hidden_dropout"], cells_U,
+        hparams["embedding_dropout"], hparams["hidden_dropout"], batch.last_U if last_only else None,
     )  # fmt: skip
 
 
@@ -170,7 +164,7 @@ def append_user_token(batch: Batch, positions: str) -> Batch:
 def user_states(params: dict, batch: Batch, config: ConfigDict, key: jax.Array | None, hparams: dict) -> jax.Array:
     """[U, D]: each history's state at the [UR] token behind it, which reads all of it (config.user_token)."""
     batch = append_user_token(batch, config.positions)
-    return encode(params, batch, config, key, hparams, causal=False, cells_U=batch.last_U)
+    return encode(params, batch, config, key, hparams, causal=False, last_only=True)
 
 
 def last_states(hidden_RxLxD: jax.Array, batch: Batch) -> jax.Array:

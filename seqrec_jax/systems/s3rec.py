@@ -47,8 +47,8 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
 
     def states(params, batch, key=None, hparams=NO_DROPOUT):
         asked = cloze.ask_next(batch, mask_item, encoder.positions)
-        hidden_RxLxD = encoders.encode(params, asked, encoder, key, hparams, causal=causal(encoder))
-        return mim.project(encoders.last_states(hidden_RxLxD, asked), params["maps"]["mip"])
+        last_UxD = encoders.encode(params, asked, encoder, key, hparams, causal=causal(encoder), last_only=True)
+        return mim.project(last_UxD, params["maps"]["mip"])
 
     # The state of a mask is much the same behind every history until late; without a map that trains it may stay so.
     judged = "end" if "mip" in used else "never"

@@ -30,7 +30,7 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
         return value, (state, {"next_item": value})
 
     def states(params, batch, key=None, hparams=NO_DROPOUT):
-        return encoders.last_states(encoders.encode(params, batch, encoder, key, hparams), batch)
+        return encoders.encode(params, batch, encoder, key, hparams, last_only=True)
 
     return System(
         init=lambda key: encoders.init(key, encoder, num_items),
