@@ -2,8 +2,8 @@
 
 config.init_from has to name the pretraining run (configs/clue_pretrain.py, CLUE's or PeterRec's objective), or to be
 set to nothing: `--config.init_from=` trains from scratch (the paper's CLUEZero). Encoder and, but for new items, data
-have to be those of the pretraining run. The whole model is finetuned, or with --config.freeze_encoder=true the new head
-alone (a linear probe).
+have to be those of the pretraining run. The whole model is finetuned; `probe`: the new head alone, on the encoder as it
+is (a linear probe).
 
     python -m seqrec_jax.main --config=configs/clue_finetune.py:ml1m --config.data.dir=DATA \
         --config.init_from=PRETRAINED --config.task=profile --config.profile.label=age
@@ -19,7 +19,14 @@ from ml_collections import ConfigDict
 from configs import base
 from configs.clue_pretrain import user_encoder
 
-VARIANTS = {"smoke": base.smoke}
+
+def probe(config: ConfigDict) -> None:
+    """A linear probe: states without dropout are read by a head that learns faster."""
+    config.freeze_encoder = True
+    config.train.update(learning_rate=1e-2, max_epochs=50, patience=10)
+
+
+VARIANTS = {"smoke": base.smoke, "probe": probe}
 
 
 def get_config(argument: str = "") -> ConfigDict:
@@ -33,7 +40,8 @@ def get_config(argument: str = "") -> ConfigDict:
     user_encoder(config)
     if not argument:
         base.embedded_encoder(config)
+    config.train.update(schedule="constant", max_epochs=20, patience=5)
     base.select(config, argument, VARIANTS)
+    config.train.targets = "prefix"  # one target a history, also where the data set says otherwise
     config.report.baselines = ()
-    config.train.update(targets="prefix", schedule="constant", max_epochs=20, patience=5)
     return config

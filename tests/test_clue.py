@@ -27,6 +27,7 @@ PRETRAIN = str(ROOT / "configs" / "clue_pretrain.py")
 WIDTH, ITEMS = 6, 20
 LENGTHS = (1, 2, 3, 4, 5, 9, 3, 14, 6, 8, 7, 4)
 MESH = make_mesh(1, 1)
+batch_at = jax.jit(batches.batch_at)
 STILL = {"embedding_dropout": 0.0, "hidden_dropout": 0.0}
 TINY = {"encoder.max_length": WIDTH, "encoder.dim": 8, "encoder.ffn": 16, "encoder.layers": 1, "clue.bottleneck": 4}
 
@@ -53,7 +54,7 @@ def batch_of(dataset, *, packed=True, batch_size=100):
     """All training parts in one batch whose rows have room for the token."""
     examples = batches.train_examples(dataset, "all", WIDTH, whole=True)
     layout = batches.make_layout(examples, batch_size, WIDTH, packed=packed, room=1)
-    return batches.batch_at(jnp.asarray(dataset.items_A), layout, 0, 0)
+    return batch_at(jnp.asarray(dataset.items_A), layout, 0, 0)
 
 
 def case_of(**settings):
@@ -101,8 +102,8 @@ def test_user_state_reads_the_whole_history_and_nothing_else():
         return jnp.zeros((len(LENGTHS), 8)).at[batch.users_U].add(jnp.where(batch.users_U[:, None] >= 0, states_UxD, 0))
 
     whole, batch = states(batch_of(dataset)), encoders.append_user_token(batch_of(dataset), "left")
-    hidden_RxLxD = encoders.encode(params, batch, encoder, None, STILL, causal=False)
-    found = encoders.user_states(params, batch_of(dataset), encoder, None, STILL)
+    hidden_RxLxD = jax.jit(lambda batch: encoders.encode(params, batch, encoder, None, STILL, causal=False))(batch)
+    found = jax.jit(lambda batch: encoders.user_states(params, batch, encoder, None, STILL))(batch_of(dataset))
     np.testing.assert_allclose(found, encoders.last_states(hidden_RxLxD, batch), atol=1e-5)
     np.testing.assert_allclose(whole, states(batch_of(dataset, packed=False)), atol=1e-5)
     user = 7
@@ -141,9 +142,11 @@ def test_views_differ_and_keep_what_they_keep(view):
     config, dataset = config_of(clue__view=view, clue__share=0.5), random_dataset()
     batch = batch_of(dataset)
     items_UxL, length_U = batches.histories_of(jnp.asarray(dataset.items_A), batch)
-    views = clue.two_views(
-        jax.random.key(0), batch, jnp.asarray(dataset.items_A), view, hparams_of(config), ITEMS + 1, "left"
-    )
+    change = jax.jit(clue.two_views, static_argnames=("view", "mask_item", "positions"))
+    views = change(
+        jax.random.key(0), batch, jnp.asarray(dataset.items_A), view=view, hparams=hparams_of(config),
+        mask_item=ITEMS + 1, positions="left",
+    )  # fmt: skip
     lines = []
     for changed in views:
         in_place = changed.replace(start_U=changed.row_U * (WIDTH + 1) + changed.column_U)
@@ -187,8 +190,9 @@ def normalised(x, valid, layer):
 
 def test_heads_normalise_each_view_by_its_real_users(heads):
     users, valid, params, statistics = heads
-    z, new = bootstrap.project(jnp.asarray(users, jnp.float32), valid, params["projector"], statistics["projector"])
-    p, new_p = bootstrap.predict(z, valid, params["predictor"], statistics["predictor"])
+    users_2xUxD = jnp.asarray(users, jnp.float32)
+    z, new = jax.jit(bootstrap.project)(users_2xUxD, valid, params["projector"], statistics["projector"])
+    p, new_p = jax.jit(bootstrap.predict)(z, valid, params["predictor"], statistics["predictor"])
     means = []
     for view in (0, 1):
         x = users[view]
@@ -228,12 +232,13 @@ def test_masked_items_are_recovered_from_their_cells():
     assert params.keys() == {"items", "encoder"} and system.state == {}
     batch, key = batch_of(random_dataset()), jax.random.key(3)
     hparams = hparams_of(config) | STILL
-    value, _ = system.loss(params, {}, batch, key, hparams, system.data)
+    value, _ = jax.jit(system.loss)(params, {}, batch, key, hparams, replicate(MESH, system.data))
     key_mask, _ = jax.random.split(key)
     hidden = np.asarray((jax.random.uniform(key_mask, batch.items_RxL.shape) < 0.5) & (batch.segments_RxL > 0))
     masked = batch.replace(items_RxL=jnp.where(hidden, ITEMS + 1, batch.items_RxL))
     marked = encoders.append_user_token(masked, "left")
-    states = encoders.encode(params, marked, FrozenConfigDict(config.encoder), None, STILL, causal=False)
+    encoder = FrozenConfigDict(config.encoder)
+    states = jax.jit(lambda batch: encoders.encode(params, batch, encoder, None, STILL, causal=False))(marked)
     logits = np.asarray(states, np.float64)[hidden] @ np.asarray(params["items"], np.float64)[1 : ITEMS + 1].T
     targets = np.asarray(batch.items_RxL)[hidden] - 1
     wanted = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(targets)), targets]

@@ -16,7 +16,7 @@ from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.prepare import prepare
 from seqrec_jax.data.tasks import Task, parts_of, read_tasks
 from seqrec_jax.main import main
-from seqrec_jax.sharding import make_mesh
+from seqrec_jax.sharding import make_mesh, replicate
 from seqrec_jax.systems import hparams_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +24,7 @@ PRETRAIN, FINETUNE = (str(ROOT / "configs" / f"clue_{stage}.py") for stage in ("
 WIDTH, ITEMS, CLASSES = 6, 20, 5
 LENGTHS = (1, 2, 3, 4, 5, 9, 3, 14, 6, 8, 7, 4)
 MESH = make_mesh(1, 1)
+batch_at = jax.jit(batches.batch_at)
 STILL = {"embedding_dropout": 0.0, "hidden_dropout": 0.0}
 TINY = {"encoder.max_length": WIDTH, "encoder.dim": 8, "encoder.ffn": 16, "encoder.layers": 1, "init_from": ""}
 
@@ -57,9 +58,18 @@ def case_of(name, **settings):
 def states_of(system, params, dataset):
     """[users, D] by one history a row, apart from the code that packs and deals examples."""
     layout = batches.make_layout(batches.history_examples(dataset, 0, WIDTH), 100, WIDTH, packed=False, room=1)
-    batch = batches.batch_at(jnp.asarray(dataset.items_A), layout, 0, 0)
+    batch = batch_at(jnp.asarray(dataset.items_A), layout, 0, 0)
     found = np.asarray(jax.jit(system.states)(params, batch), np.float64)
     return found[np.argsort(np.asarray(batch.users_U))]
+
+
+def loss_of(config, system, params, batch, seed=0, **hparams):
+    """(loss, its gradient) of one step."""
+
+    def step(params, key, data):
+        return system.loss(params, {}, batch, key, hparams_of(config) | hparams, data)[0]
+
+    return jax.jit(jax.value_and_grad(step))(params, jax.random.key(seed), replicate(MESH, system.data))
 
 
 # Examples -------------------------------------------------------------------------------------------------------------
@@ -91,8 +101,8 @@ def test_a_fraction_trains_on_fewer_users_and_tests_all():
 def test_loss_is_the_cross_entropy_of_the_head():
     config, dataset, task, user_E, system, params = case_of("cold_start")
     layout = batches.make_layout(task.parts["train"], 100, WIDTH, room=1)
-    batch = batches.batch_at(jnp.asarray(dataset.items_A), layout, 0, 0)
-    value, _ = system.loss(params, {}, batch, jax.random.key(0), hparams_of(config) | STILL, system.data)
+    batch = batch_at(jnp.asarray(dataset.items_A), layout, 0, 0)
+    value, _ = loss_of(config, system, params, batch, **STILL)
     number_E = task.parts["train"].user_E
     head = np.asarray(params["head"], np.float64)[1 : CLASSES + 1]
     logits = states_of(system, params, dataset)[user_E[number_E]] @ head[:, :-1].T + head[:, -1]
@@ -103,22 +113,19 @@ def test_loss_is_the_cross_entropy_of_the_head():
 def test_a_frozen_encoder_trains_its_head_alone():
     config, dataset, task, _, system, params = case_of("profile", **{"freeze_encoder": True})
     layout = batches.make_layout(task.parts["train"], 100, WIDTH, room=1)
-    batch = batches.batch_at(jnp.asarray(dataset.items_A), layout, 0, 0)
+    batch = batch_at(jnp.asarray(dataset.items_A), layout, 0, 0)
 
-    def loss(params, seed):
-        return system.loss(params, {}, batch, jax.random.key(seed), hparams_of(config), system.data)[0]
-
-    gradient = jax.grad(loss)(params, 0)
+    (value, gradient), (again, _) = (loss_of(config, system, params, batch, seed) for seed in (0, 1))
     assert gradient.pop("head").any() and not any(leaf.any() for leaf in jax.tree.leaves(gradient))
-    assert loss(params, 0) == loss(params, 1)  # no dropout
+    assert value == again  # no dropout
 
 
 def test_next_item_is_ranked_at_the_end_of_every_prefix():
     config, dataset, _, _, system, params = case_of("next_item")
     examples = batches.train_examples(dataset, "prefix", WIDTH)
     layout = batches.make_layout(examples, 200, WIDTH, room=1, last_target_only=True)
-    batch = batches.batch_at(jnp.asarray(dataset.items_A), layout, 0, 0)
-    value, _ = system.loss(params, {}, batch, jax.random.key(0), hparams_of(config) | STILL, system.data)
+    batch = batch_at(jnp.asarray(dataset.items_A), layout, 0, 0)
+    value, _ = loss_of(config, system, params, batch, **STILL)
     table, wanted = np.asarray(params["items"], np.float64)[1 : ITEMS + 1], []
     prefixes = [dataset.items_A[s : s + n] for s, n in zip(examples.start_E, examples.length_E, strict=True)]
     offsets = np.cumsum([0, *map(len, prefixes)]).astype(np.int64)
