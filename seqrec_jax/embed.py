@@ -1,6 +1,7 @@
 """Vectors as a product: of all users of a run's data, of the histories in a file, or of the items."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,8 @@ def embed(config: ConfigDict, workdir: Path, kind: str, histories: Path | None, 
         print(f"{out}: {len(items_VxD):,} items, {items_VxD.shape[1]} dimensions")
         return
     if histories:
+        if not histories.is_file():
+            raise UserError(f"{histories}: no such file (--histories)")
         found = read_histories(histories, config.data, model.item_ids.tolist())
     else:
         dataset = prepare(config.data, cache)
@@ -51,12 +54,11 @@ def embed(config: ConfigDict, workdir: Path, kind: str, histories: Path | None, 
         checkpoint.check_data({"dataset_hash": trained_on}, dataset, workdir)
         found = Histories(pl.Series(dataset.user_ids.tolist()), dataset.items_A, dataset.offsets_U1)
     count, begin = len(found.user_ids), time.perf_counter()
-    rows = -(-config.eval.batch_size // mesh.shape["data"]) * mesh.shape["data"]
     with (
         vector_writer(out, "user_id", model.config.encoder.dim) as write,
         tqdm(total=count, unit="user", desc="embed", disable=jax.process_index() > 0) as bar,
     ):
-        for first, vectors_UxD in user_vectors(model, found, mesh, rows):
+        for first, vectors_UxD in user_vectors(model, found, mesh, config.eval.batch_size):
             write(found.user_ids[first : first + len(vectors_UxD)].to_list(), vectors_UxD)
             bar.update(len(vectors_UxD))
     speed = count / (time.perf_counter() - begin)
@@ -70,14 +72,17 @@ def embed(config: ConfigDict, workdir: Path, kind: str, histories: Path | None, 
             print(f"left out: {number:,} {what}")
 
 
-def user_vectors(model: Model, histories: Histories, mesh: Mesh, rows: int) -> Iterator[tuple[int, np.ndarray]]:
+def user_vectors(model: Model, histories: Histories, mesh: Mesh, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
     """(number of the first user, [users, D]) for CHUNK users after the other: their states after the whole history.
 
-    Only the last max_length items of each are read. Histories are packed into steps of `rows` rows; while the device
-    works on one chunk, the next is packed.
+    Only the last max_length items of each are read. Histories are packed into steps of about `batch_size`; while the
+    device works on one chunk, the next is packed.
     """
-    encoder = model.config.encoder
-    width = encoder.max_length + int(encoder.user_token)
+    encoder, devices = model.config.encoder, mesh.shape["data"]
+    room = int(encoder.user_token)
+    width = encoder.max_length + room
+    mean = np.minimum(np.diff(histories.offsets_U1), encoder.max_length).mean() + room
+    rows = math.ceil(batch_size * mean / width / devices) * devices
 
     @jax.jit
     def step(params, items_A, row_U, column_U, length_U):
@@ -142,9 +147,9 @@ def pack_steps(histories: Histories, first: int, last: int, max_length: int, wid
     count_T = np.bincount(step_U, minlength=steps)
     slots = 1 << int(count_T.max() - 1).bit_length()
     slot_U = np.empty(len(length_U), np.int64)
-    slot_U[np.argsort(step_U, kind="stable")] = np.arange(steps * slots).reshape(steps, slots)[
-        np.arange(slots) < count_T[:, None]
-    ]
+    in_row_order = np.lexsort((column_U, row_U, step_U))  # as rows_of wants them
+    real_TxU = np.arange(slots) < count_T[:, None]
+    slot_U[in_row_order] = np.flatnonzero(real_TxU)
     of_slots = np.zeros((3, steps * slots), np.int32)
     of_slots[:, slot_U] = row_U, column_U, length_U
     cells_A = np.zeros(steps * rows * width, np.int32)

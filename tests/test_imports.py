@@ -13,9 +13,9 @@ PACKAGE = ROOT / "seqrec_jax"
 # Every module, without "seqrec_jax.": each may import only those before it.
 ORDER = [
     "errors", "protocol", "user_conflicts", "validate", "config",
-    "data.dataset", "data.tfds_interactions", "data.files", "data.tables", "data.sources", "data.synthetic",
-    "data.attributes", "data.prepare", "data.splits", "data.labels", "data.cold_start", "data.histories",
-    "data.vectors", "data.batches", "data.tasks", "data.prefixes", "data.same_target",
+    "data.dataset", "data.tfds_interactions", "data.files", "data.rows", "data.tables", "data.sources",
+    "data.synthetic", "data.attributes", "data.prepare", "data.splits", "data.labels", "data.cold_start",
+    "data.histories", "data.vectors", "data.batches", "data.tasks", "data.prefixes", "data.same_target",
     "augment", "cloze", "sharding",
     "encoders.transformer", "encoders.gru", "encoders",
     "losses.softmax", "losses.contrastive", "losses.negatives", "losses.next_item", "losses.bootstrap",

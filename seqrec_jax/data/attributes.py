@@ -10,6 +10,7 @@ import polars as pl
 from seqrec_jax.data import tables
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.files import read_bytes
+from seqrec_jax.data.rows import LIST
 from seqrec_jax.data.sources import ATTRIBUTES
 from seqrec_jax.data.synthetic import synthetic_clusters
 from seqrec_jax.errors import UserError
@@ -71,8 +72,8 @@ def read_attributes(path: Path | None, config_data) -> pl.DataFrame:
 
     def entries(column):
         text = pl.col(column).fill_null("")
-        listed = text.str.starts_with(tables.LIST)
-        found = pl.when(listed).then(text.str.split(tables.LIST)).otherwise(text.str.split(separator))
+        listed = text.str.starts_with(LIST)
+        found = pl.when(listed).then(text.str.split(LIST)).otherwise(text.str.split(separator))
         found = found.list.eval(pl.element().str.strip_chars())
         found = found.list.eval(pl.element().filter(pl.element() != ""))
         return found.list.eval(pl.lit(f"{column}=") + pl.element()) if len(columns) > 1 else found

@@ -262,7 +262,7 @@ def batch_of(items_A: jax.Array, layout: Layout, plan: Plan, step_in_epoch: jax.
 
 
 def rows_of(items_A, *, users_U, start_U, length_U, row_U, column_U, rows, width, last_target_only, positions) -> Batch:
-    """Writes histories, given by where they start in items_A, into their cells."""
+    """Writes histories, given by where they start in items_A, into their cells; those of a row come left to right."""
     segments_RxL, offset_RxL = cells(row_U, column_U, length_U, rows, width)
     real_RxL = segments_RxL > 0
     owner_RxL = jnp.maximum(segments_RxL - 1, 0)

@@ -21,6 +21,7 @@ from seqrec_jax.data import sources, splits, tables
 from seqrec_jax.data.attributes import MOVIES
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.prepare import build
+from seqrec_jax.data.rows import form_of
 from seqrec_jax.errors import UserError
 
 TARGETS = 3  # of a user, at most, in the set made from MovieLens
@@ -64,7 +65,7 @@ def read_targets(config: ConfigDict, dataset: SequenceDataset) -> ColdStart:
     path = Path(cold.targets).expanduser()
     if not path.is_file():
         raise UserError(f"{path}: no such file (config.cold_start.targets={cold.targets})")
-    form = tables.form_of(path, "name it .csv, .tsv, .parquet, .jsonl, .inter (RecBole), .dat (MovieLens) or .txt")
+    form = form_of(path, "name it .csv, .tsv, .parquet, .jsonl, .inter (RecBole), .dat (MovieLens) or .txt")
     kind, user, item = ("index", "user", "item") if form == "lines" else ("id", cold.user_column, cold.item_column)
     if user == item:
         raise UserError(f"cold_start.user_column and cold_start.item_column are both {user}: name each column once")

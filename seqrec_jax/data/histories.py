@@ -9,6 +9,7 @@ import polars as pl
 from ml_collections import ConfigDict
 
 from seqrec_jax.data import tables
+from seqrec_jax.data.rows import form_of
 from seqrec_jax.errors import UserError
 
 PIECE = 2**14  # lines of the file held at once
@@ -32,7 +33,7 @@ def read_histories(path: Path, data: ConfigDict, item_ids: Sequence[str]) -> His
     The file is read piece by piece. What stays are the users' ids and 4 bytes an action; with times, or where a user's
     rows do not stand together, some 30 while they are sorted. Raises UserError where no item is known.
     """
-    form = tables.form_of(path, "name it .csv, .tsv, .parquet, .jsonl, .inter (RecBole), .dat (MovieLens) or .txt")
+    form = form_of(path, "name it .csv, .tsv, .parquet, .jsonl, .inter (RecBole), .dat (MovieLens) or .txt")
     user, item, time = data.user_column, data.item_column, data.time_column
     if form == "lines":
         user, item, time = "user", "item", ""

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from seqrec_jax.data import splits, tables
 from seqrec_jax.data.dataset import SequenceDataset
+from seqrec_jax.data.rows import form_of
 from seqrec_jax.data.sources import LABELS
 from seqrec_jax.data.synthetic import synthetic_taste
 from seqrec_jax.errors import UserError
@@ -46,7 +47,7 @@ def read_labels(config: ConfigDict, dataset: SequenceDataset) -> Labels:
         frame = pl.DataFrame({"user": np.arange(1, len(taste_U) + 1), "label": taste_U}).cast(pl.String)
         table, source = tables.Table(frame.with_row_index("line", offset=1), len(frame)), "embedded"
         return join_labels(table, dataset, "taste", source)
-    form = tables.form_of(path, "name it .csv, .tsv, .parquet, .jsonl, .user (RecBole) or .dat (MovieLens)")
+    form = form_of(path, "name it .csv, .tsv, .parquet, .jsonl, .user (RecBole) or .dat (MovieLens)")
     user, names = config.profile.user_column, ()
     if form == "movielens":
         user, names = USERS[0], USERS

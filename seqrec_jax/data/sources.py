@@ -5,7 +5,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from seqrec_jax.data.tables import FORMATS, Table, form_of, read_table
+from seqrec_jax.data.rows import FORMATS, form_of
+from seqrec_jax.data.tables import Table, read_table
 from seqrec_jax.errors import UserError, unknown
 
 # Named data sets: file name in `data.dir`.
