@@ -48,8 +48,9 @@ def get_config(argument: str = "") -> ConfigDict:
     config.name = "clue_pretrain"
     config.system = "clue"
     config.train.update(schedule="constant", max_epochs=50, patience=0)
-    config.report.baselines = ()
     user_encoder(config)
     if not argument:
         base.embedded_encoder(config)
-    return base.select(config, argument, VARIANTS)
+    base.select(config, argument, VARIANTS)
+    config.report.baselines = ()  # nothing is ranked
+    return config
