@@ -134,7 +134,7 @@ class Analysis:
     num_items: int
     hparams: dict
     mesh: Mesh
-    ranks: bool  # whether users' states rank items
+    ranks: bool = True  # whether users' states rank items
 
     def figures(self, system: System, params: dict) -> dict[str, float]:
         """The figures above, of the compared users' states and of the item table (items alone, no special rows).
