@@ -52,5 +52,5 @@ def get_config(argument: str = "") -> ConfigDict:
     if not argument:
         base.embedded_encoder(config)
     base.select(config, argument, VARIANTS)
-    config.report.baselines = ()
+    config.report.baselines = ()  # nothing is ranked
     return config

@@ -29,7 +29,7 @@ from seqrec_jax.workdir import Log
 log = logging.getLogger(__name__)
 
 
-WATCHED = {"mean_cosine": "mean cosine of user states", "same_top10": "share of users with the same top 10"}
+WATCHED = {"mean_cosine": "mean cosine of user states {:.4f}", "same_top10": "the same top 10 for {:.0%} of users"}
 JUDGED_FROM = 3  # epochs; before, a model may well say the same of everybody
 
 
@@ -213,7 +213,7 @@ def _judge(analysis, progress, step, seen) -> None:
     found, before = analysis.collapse(step, seen), progress.collapsed
     progress.collapsed = found and (before or found)
     if found and not before:
-        told = ", ".join(f"{WATCHED[name]} {value:.4f}" for name, value in seen.items())
+        told = ", ".join(WATCHED[name].format(value) for name, value in seen.items())
         log.warning(
             "COLLAPSED: at step %d the model says the same of everybody: %s. Try more epochs, another "
             "config.train.learning_rate or config.contrastive.weight", step, told,

@@ -252,6 +252,12 @@ def test_figures_without_a_pair_are_left_out(cache):
 # The collapse watch
 
 
+def looks_at(users):
+    looks = analysis.Analysis(dataset=SimpleNamespace(item_ids=range(100)), config=None, mesh=None)
+    vars(looks)["watched"] = SimpleNamespace(slot_N=np.arange(users))
+    return looks
+
+
 @pytest.mark.parametrize(
     ("cosine", "share", "users", "gives_alarm"),
     [
@@ -260,15 +266,13 @@ def test_figures_without_a_pair_are_left_out(cache):
     ],
 )  # fmt: skip
 def test_alarm_is_given_above_the_bounds(cosine, share, users, gives_alarm):
-    looks = analysis.Analysis(dataset=SimpleNamespace(item_ids=range(100)), config=None, mesh=None)
-    vars(looks)["watched"] = SimpleNamespace(slot_N=np.arange(users))
+    looks = looks_at(users)
     seen = {"mean_cosine": cosine, "same_top10": share}
     assert looks.collapse(7, seen) == ({"step": 7} | seen if gives_alarm else None)
 
 
 def test_an_alarm_lasts_until_a_later_model_recovers(caplog):
-    watched, progress = SimpleNamespace(slot_N=np.arange(500)), train.Progress()
-    looks = analysis.Analysis(compared=None, watched=watched, num_items=100, hparams={}, mesh=None)
+    looks, progress = looks_at(users=500), train.Progress()
     steps = []
     for step, cosine in enumerate((0.3, 1.0, 1.0, 0.3, 1.0, 1.0)):
         train._judge(looks, progress, step, {"mean_cosine": cosine, "same_top10": 0.1})

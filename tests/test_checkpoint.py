@@ -312,5 +312,6 @@ def test_vocabulary_config_and_protocol_are_inside(trained, cache, fresh):
     _, step, meta = checkpoint.find(trained)
     _, dataset = fresh()
     assert meta["items"] == dataset.item_ids.tolist() and meta["dataset_hash"] == dataset.hash
-    assert meta["protocol"] == {"name": "D", "candidates": "all", "hide_history": "yes", "metric": "ndcg@10"}
+    said = {"name": "D", "candidates": "all", "hide_history": "yes", "metric": "ndcg@10", "text": ""}
+    assert meta["protocol"] == said
     assert meta["config"] == json.loads(json.dumps(config_of(cache).to_dict())) and meta["step"] == step

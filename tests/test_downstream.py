@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from seqrec_jax import judge, systems
+from seqrec_jax import checkpoint, judge, systems
 from seqrec_jax.config import load
 from seqrec_jax.data import batches, splits
 from seqrec_jax.data.dataset import SequenceDataset
@@ -193,6 +195,20 @@ def test_pretraining_describes_users_and_hands_on_its_last_checkpoint(pretrained
     assert all({"spread", "above_minimum"} <= line.keys() for line in lines if line["kind"] == "train")
     assert main(["--mode=recommend", f"--workdir={pretrained}", "--history=1,2"]) == 2
     assert main(["--mode=evaluate", f"--workdir={pretrained}"]) == 2
+
+
+@pytest.mark.slow
+def test_resumed_pretraining_has_the_same_batch_statistics(pretrained, tmp_path):
+    """Stopped after two epochs or not: equal parameters and running statistics, bit for bit."""
+    shutil.copytree(pretrained, tmp_path / "resumed")
+    rests = []
+    for name in ("resumed", "whole"):
+        assert main([f"--config={PRETRAIN}", f"--workdir={tmp_path / name}", *flags_of(**{"train.max_epochs": 3})]) == 0
+        store, step, _ = checkpoint.find(tmp_path / name, "last")
+        parts = ocp.args.Composite(params=ocp.args.StandardRestore(), rest=ocp.args.StandardRestore())
+        rests.append(dict(store.manager.restore(step, args=parts)))
+    assert rests[0]["rest"]["state"]["projector"]["layer_0"]["mean"].any()
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), *rests))
 
 
 def test_profile_in_folds_that_resume(pretrained, tmp_path, capsys):
