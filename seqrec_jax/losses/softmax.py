@@ -116,7 +116,8 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
         joins_M = 0.0 if column_ids_C is None else jnp.exp(score_M - top_M)
         besides_M = 0.0 if others_N is None else jnp.exp(others_M - top_M)
         sum_M += joins_M + besides_M
-        total += jnp.where(real_M, jnp.log(sum_M) + top_M - score_M, 0).sum()
+        loss_M = jnp.maximum(jnp.log(sum_M) + top_M - score_M, 0)  # a share is 1 at most, whatever the rounding
+        total += jnp.where(real_M, loss_M, 0).sum()
 
         share_M = jnp.where(real_M, 1 / sum_M, 0)
         push_M = joins_M * share_M - real_M  # p(target), if it joins, − 1
