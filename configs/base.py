@@ -41,6 +41,9 @@ def get_config(argument: str = "") -> ConfigDict:
     # actions of the others are neither inputs nor targets, nor counted by pop.counts=train and negatives by popularity.
     # Evaluation is of all users with their whole histories, over all items, as ever.
     data.train_fraction = 1.0
+    # system=clue: whether pretraining, too, leaves out each user's last two items, next_item's validation and test.
+    # False: it reads whole histories, for profile and cold_start, whose targets are elsewhere
+    data.hold_out = True
     data.cache_dir = ""  # prepared data and compiled programs; "" = .cache beside the workdir
     data.synthetic_users = 4000  # size of the embedded synthetic data
     data.synthetic_items = 2000
@@ -49,6 +52,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.profile = profile = ConfigDict()
     profile.labels = ""  # of users: "" = none | included: those of the named or the embedded data | a file
     profile.label = "gender"  # the column that is to be predicted (users.dat: gender, age, occupation)
+    # A Parquet file of the users' vectors, such as --mode=embed writes: the head alone is trained, on them; no encoder
+    profile.vectors = ""
     profile.folds = 5  # runs, each tested on another part of the users; 1: one run, 80/5/15 percent of them (the paper)
     profile.user_column = "user_id"  # of the users' ids in it; users.dat: always its first
 

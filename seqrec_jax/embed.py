@@ -37,6 +37,8 @@ def embed(config: ConfigDict, workdir: Path, kind: str, histories: Path | None, 
     model = load_model(workdir, mesh, "last" if config.system in PRETRAINING else "best")
     if model.config.system == "pop":
         raise UserError(f"{workdir}: system=pop has no vectors; name the workdir of another system")
+    if model.config.profile.vectors:
+        raise UserError(f"{workdir}: it learned from vectors and makes none; name the workdir of an encoder")
     if kind == "items":
         items_VxD = np.asarray(jax.device_get(model.params["items"]))[1 : len(model.item_ids) + 1]
         with vector_writer(out, "item_id", items_VxD.shape[1]) as write:

@@ -13,7 +13,7 @@ from seqrec_jax import config as configuration
 from seqrec_jax.errors import UserError
 from seqrec_jax.validate import PRETRAINING
 
-# Settings of an encoder that its parameters' shapes do not show, but that change what it makes of them.
+# Settings of an encoder that the shapes of its parameters do not show, but that change what it makes of them.
 UNSEEN = ("heads", "activation", "norm", "scale_embedding", "positions")
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,9 @@ def transfer(params: dict, item_ids: np.ndarray, config: ConfigDict, mesh: Mesh)
             f"{config.init_from}: its encoder has no [UR] token, which system={config.system} reads a user from "
             "(config.init_from): name a run of configs/clue_pretrain.py"
         )
+    if "items" not in old:
+        raise UserError(f"{config.init_from}: it learned from users' vectors and has no encoder (config.init_from)")
+    _check_encoder(meta["config"]["encoder"], config)
     _check_shapes({name: params[name] for name in shared}, {name: old[name] for name in shared}, config.init_from)
     new_rows, old_rows = matching_rows(item_ids.tolist(), meta["items"])
     kept = len(new_rows) - 2
@@ -54,7 +57,9 @@ def transfer(params: dict, item_ids: np.ndarray, config: ConfigDict, mesh: Mesh)
         "left_out": sorted(old.keys() - shared),
         "fresh": sorted(params.keys() - shared),
     }
-    _tell(report, meta["config"]["encoder"], config.encoder)
+    counts = ", ".join(f"{report[f'items_{what}']:,} {what}" for what in ("kept", "new", "dropped"))
+    groups = [f"{what.replace('_', ' ')}: {', '.join(report[what])}" for what in ("left_out", "fresh") if report[what]]
+    log.info("parameters from %s, step %d: %s", report["from"], report["step"], "; ".join([f"items {counts}", *groups]))
     return params | {name: old[name] for name in shared} | {"items": items}, report
 
 
@@ -87,6 +92,16 @@ def find_parent(init_from: str) -> tuple[checkpoint.Store, int, dict]:
     return last if name or pretrained else checkpoint.find(path, "best")
 
 
+def _check_encoder(old: dict, config: ConfigDict) -> None:
+    """Raises UserError where the encoders differ in what shapes do not show."""
+    for key in UNSEEN:
+        if old[key] != config.encoder[key]:
+            raise UserError(
+                f"{config.init_from}: its parameters were trained for encoder.{key}={old[key]} (config.init_from); "
+                f"set --config.encoder.{key}={old[key]}, not {config.encoder[key]}"
+            )
+
+
 def _check_shapes(params: dict, old: dict, init_from: str) -> None:
     """Raises UserError with a table of the names and shapes that differ; the number of items may differ."""
     here, there = _shapes(params), _shapes(old)
@@ -109,15 +124,3 @@ def _shapes(params: dict) -> dict[str, str]:
         shape = ("any", *leaf.shape[1:]) if name == "items" else leaf.shape
         shapes[name] = f"({', '.join(map(str, shape))})"
     return shapes
-
-
-def _tell(report: dict, old_encoder: dict, encoder: ConfigDict) -> None:
-    counts = ", ".join(f"{report[f'items_{what}']:,} {what}" for what in ("kept", "new", "dropped"))
-    groups = [f"{what.replace('_', ' ')}: {', '.join(report[what])}" for what in ("left_out", "fresh") if report[what]]
-    log.info("parameters from %s, step %d: %s", report["from"], report["step"], "; ".join([f"items {counts}", *groups]))
-    for key in UNSEEN:
-        if old_encoder[key] != encoder[key]:
-            log.warning(
-                "config.encoder.%s is %s there and %s here: the parameters fit, but were trained for another encoder",
-                key, old_encoder[key], encoder[key],
-            )  # fmt: skip

@@ -26,6 +26,8 @@ def _token_conflicts(config: ConfigDict) -> Iterator[str]:
     if encoder.user_token and encoder.kind != "transformer":
         yield f"encoder.kind={encoder.kind} has no [UR] token; allowed: transformer"
     others = config.system in USER_TOKEN and set(config.report.baselines) - {"pop"}
+    if not config.data.hold_out and config.system != "clue":
+        yield f"data.hold_out=False: system={config.system} would train on what it is tested on; allowed: True"
     if others:
         yield f"report.baselines names {', '.join(sorted(others))}, without the [UR] token; allowed: pop"
     if config.system != "clue":
@@ -61,6 +63,11 @@ def _downstream_conflicts(config: ConfigDict) -> Iterator[str]:
         yield f"train.targets={train.targets}: system=downstream learns one target a history; allowed: prefix"
     if config.loss.next_item != "full":
         yield f"loss.next_item={config.loss.next_item}: system=downstream learns by the full softmax; allowed: full"
+    if config.profile.vectors and (task != "profile" or config.init_from or config.freeze_encoder):
+        yield (
+            f"profile.vectors={config.profile.vectors} stand for the encoder of task=profile; leave out other tasks, "
+            "init_from (--config.init_from=) and freeze_encoder"
+        )
     if config.freeze_encoder and task == "next_item":
         yield "freeze_encoder=True leaves task=next_item nothing to train: its softmax is tied to the items"
     if config.freeze_encoder and train.weight_decay:

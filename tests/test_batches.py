@@ -118,6 +118,15 @@ def test_a_fraction_of_the_users_is_trained_on_and_a_smaller_one_is_part_of_it(t
         assert batches.history_examples(part, 1, 5).user_E.tolist() == everybody.tolist()
 
 
+def test_without_hold_out_whole_histories_are_read():
+    dataset = dataclasses.replace(dataset_of(LENGTHS), hold_out=False)
+    assert batches.train_lengths(dataset).tolist() == list(LENGTHS)
+    found = batches.train_examples(dataset, "windows", 5, whole=True)
+    read = [place for s, n in zip(found.start_E, found.length_E, strict=True) for place in range(s, s + n)]
+    assert sorted(read) == list(range(len(dataset.items_A)))
+    assert batches.train_counts(dataset).sum() == len(dataset.items_A)
+
+
 def test_the_users_of_a_fraction_are_the_same_for_ever():
     dataset = dataclasses.replace(dataset_of([4] * 12), train_fraction=0.5)
     assert np.flatnonzero(batches.train_lengths(dataset)).tolist() == [1, 2, 3, 6, 8, 11]

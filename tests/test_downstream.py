@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import polars as pl
 import pytest
 
 from seqrec_jax import checkpoint, judge, systems
@@ -17,6 +18,7 @@ from seqrec_jax.data import batches, splits
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.prepare import prepare
 from seqrec_jax.data.tasks import Task, parts_of, read_tasks
+from seqrec_jax.data.vectors import read_vectors
 from seqrec_jax.main import main
 from seqrec_jax.sharding import make_mesh, replicate
 from seqrec_jax.systems import hparams_of
@@ -229,6 +231,32 @@ def test_profile_in_folds_that_resume(pretrained, tmp_path, capsys):
     assert json.loads((tmp_path / "results.json").read_text())["test"] == results["test"]
 
 
+def test_a_profile_reads_the_vectors_of_a_file(pretrained, tmp_path, capsys):
+    """--mode=embed to profile.vectors: the linear probe of that encoder, as freeze_encoder makes it."""
+    folder, path = tmp_path / "vectors", tmp_path / "users.parquet"
+    assert main(["--mode=embed", f"--workdir={pretrained}", f"--out={path}"]) == 0
+    settings = {"profile.folds": 1, "train.max_epochs": 3, "train.learning_rate": 0.05}
+    assert finetune("", folder, **settings, **{"profile.vectors": path}) == 0
+    assert finetune(pretrained, tmp_path / "probe", **settings, freeze_encoder=True) == 0
+    given, frozen = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("vectors", "probe"))
+    assert given["test"]["accuracy"] == frozen["test"]["accuracy"] and given["best_step"] == frozen["best_step"]
+    store, step, _ = checkpoint.find(folder)
+    params = checkpoint.restore_params(store, step, MESH)
+    assert params.keys() == {"vectors", "head"}
+    ids = pl.read_parquet(path)["user_id"].to_list()
+    assert np.array_equal(params["vectors"], read_vectors(path, ids))  # not trained
+    assert np.abs(params["head"][1:]).max() > 0.1
+
+    assert main(["--mode=evaluate", f"--workdir={folder}"]) == 0
+    assert main(["--mode=embed", f"--workdir={folder}", f"--out={tmp_path}/v.parquet"]) == 2
+    assert finetune(folder, tmp_path / "other") == 2
+    assert finetune(pretrained, tmp_path / "both", **{"profile.vectors": path}) == 2
+    pl.read_parquet(path).head(100).write_parquet(path)
+    assert finetune("", tmp_path / "few", **{"profile.vectors": path}) == 2
+    said = capsys.readouterr().err
+    assert all(words in said for words in ("makes none", "has no encoder", "stand for the encoder", "20 are missing"))
+
+
 @pytest.mark.slow
 def test_cold_start_and_next_item_from_the_same_checkpoint(pretrained, tmp_path, capsys):
     targets = tmp_path / "targets.txt"
@@ -264,6 +292,7 @@ def test_cold_start_and_next_item_from_the_same_checkpoint(pretrained, tmp_path,
         (["--config.task=next_item", "--config.freeze_encoder=true"], "leaves task=next_item nothing to train"),
         (["--config.freeze_encoder=true", "--config.train.weight_decay=0.1"], "train.weight_decay=0.1"),
         (["--config.report.baselines=pop"], "rank items, task=profile does not"),
+        (["--config.data.hold_out=false"], "would train on what it is tested on"),
     ],
 )
 def test_bad_settings_end_with_code_2(tmp_path, capsys, flags, said):

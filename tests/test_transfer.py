@@ -190,10 +190,13 @@ def test_parameters_that_do_not_fit_are_listed_with_both_shapes(parent, make, ch
     assert lines[1] == "parameter here there" and set(said) <= set(lines)
 
 
-def test_settings_that_no_shape_shows_are_warned_of(parent, child, make, caplog):
-    moved(child, make, parent, encoder__heads=1, encoder__hidden_dropout=0.1)
-    assert caplog.text.count("were trained for another encoder") == 1
-    assert "config.encoder.heads is 2 there and 1 here" in caplog.text
+@pytest.mark.parametrize(
+    ("key", "there", "here"), [("heads", 2, 1), ("activation", "gelu", "relu"), ("norm", "post", "pre")]
+)
+def test_another_architecture_of_equal_shapes_is_refused(parent, child, make, key, there, here):
+    moved(child, make, parent, encoder__hidden_dropout=0.1)  # not of the architecture
+    with pytest.raises(UserError, match=f"encoder.{key}={there}.*set --config.encoder.{key}={there}, not {here}"):
+        moved(child, make, parent, **{f"encoder__{key}": here})
 
 
 def test_no_common_item_is_an_error(parent, child, make):

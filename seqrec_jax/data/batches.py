@@ -51,11 +51,12 @@ class Examples:
 def train_lengths(dataset: SequenceDataset) -> np.ndarray:
     """Length of each user's training part: all but the last two items; everything for users with fewer than 3 items.
 
-    Nothing for those whom dataset.train_fraction leaves out. All that counts or draws training actions asks here.
+    Without dataset.hold_out everything for all; nothing for those whom dataset.train_fraction leaves out. All that
+    counts or draws training actions asks here.
     """
     lengths_U = np.diff(dataset.offsets_U1)
     users_U = np.arange(len(lengths_U))
-    train_U = np.where(lengths_U >= 3, lengths_U - 2, lengths_U)
+    train_U = np.where(dataset.hold_out & (lengths_U >= 3), lengths_U - 2, lengths_U)
     train_U[~np.isin(users_U, trained_on(users_U, dataset))] = 0
     return train_U
 

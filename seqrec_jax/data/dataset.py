@@ -25,3 +25,4 @@ class SequenceDataset:
     attribute_offsets_V1: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))  # [items + 1]
     attribute_names: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.str_))  # of a: [a - 1]
     train_fraction: float = 1.0  # share of users who are trained on: see data.batches.train_lengths
+    hold_out: bool = True  # whether the last two items of a user are kept from training: see there, too

@@ -64,7 +64,7 @@ def prepare(config_data, cache_dir: Path) -> SequenceDataset:
             read = attributes.read_attributes(extra, config_data)
             dataset = attributes.with_attributes(dataset, read, str(extra))
         _store(dataset, cache_dir / name)
-    return dataclasses.replace(dataset, train_fraction=config_data.train_fraction)
+    return dataclasses.replace(dataset, train_fraction=config_data.train_fraction, hold_out=config_data.hold_out)
 
 
 def build(

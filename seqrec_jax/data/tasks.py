@@ -3,6 +3,7 @@ item of another catalogue that the user met (cold_start). A user with g targets 
 """
 
 import dataclasses
+import hashlib
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -11,6 +12,7 @@ from seqrec_jax.data import cold_start, labels
 from seqrec_jax.data.batches import Examples, history_examples
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.splits import Split, trained_on
+from seqrec_jax.data.vectors import read_vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Task:
     hash: str  # of users and classes
     report: dict  # JSON-ready
     line: str  # the report for people
+    vectors_ExD: np.ndarray | None = None  # float32, of each example's user, where a file gives them (profile.vectors)
 
 
 def read_tasks(config: ConfigDict, dataset: SequenceDataset) -> list[Task]:
@@ -34,12 +37,14 @@ def read_tasks(config: ConfigDict, dataset: SequenceDataset) -> list[Task]:
         found, seed, count = labels.read_labels(config, dataset), config.split_seed, config.profile.folds
         splits = labels.folds(found, count, seed) if count > 1 else [labels.single_split(found, seed)]
         user_E, class_E, names, line = found.users_N, found.label_U[found.users_N], found.classes, labels.report_line
+        vectors = read_vectors(config.profile.vectors, dataset.user_ids[user_E]) if config.profile.vectors else None
     else:
         found = cold_start.read_targets(config, dataset)
         splits = [found.split(config.split_seed)]
         user_E, class_E = found.examples(found.users_N)
-        names, line = found.target_ids, cold_start.report_line
-    shared = {"class_E": class_E + 1, "names": names, "hash": found.hash}
+        names, line, vectors = found.target_ids, cold_start.report_line, None
+    digest = found.hash if vectors is None else f"{found.hash}-{hashlib.sha256(vectors).hexdigest()[:16]}"
+    shared = {"class_E": class_E + 1, "names": names, "hash": digest, "vectors_ExD": vectors}
     shared |= {"report": found.report, "line": line(found.report)}
     return [Task(parts_of(split, user_E, dataset, config.encoder.max_length), **shared) for split in splits]
 

@@ -21,23 +21,30 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh, task: Task |
     """Softmax cross-entropy on the [UR] states: over `task`'s classes by a linear head, params["head"]; without a task
     over the items, tied, at the end of every prefix (config.task=next_item).
 
-    config.freeze_encoder: the head alone is trained, on states without dropout (a linear probe).
+    config.freeze_encoder: the head alone is trained, on states without dropout (a linear probe); task.vectors_ExD:
+    on these vectors, and there is no encoder.
     """
     encoder, num_items = FrozenConfigDict(config.encoder), len(dataset.item_ids)
+    given = bool(config.profile.vectors)
+    frozen = config.freeze_encoder or given
 
     def init(key):
-        params = encoders.init(key, encoder, num_items, causal=False)
+        if given:
+            params = {"vectors": jnp.asarray(task.vectors_ExD)}
+        else:
+            params = encoders.init(key, encoder, num_items, causal=False)
         if not task:
             return params
-        rows = encoders.table_rows(len(task.names))
-        weights_CxD = initializer(encoder)(jax.random.fold_in(key, 1), (rows, encoder.dim))
+        rows, dim = encoders.table_rows(len(task.names)), params["vectors"].shape[1] if given else encoder.dim
+        weights_CxD = initializer(encoder)(jax.random.fold_in(key, 1), (rows, dim))
         return params | {"head": jnp.pad(weights_CxD, ((0, 0), (0, 1)))}  # the bias is the last column
 
     def states(params, batch, key=None, hparams=NO_DROPOUT):
+        if given:
+            return params["vectors"][jnp.maximum(batch.users_U, 0)]
         return encoders.user_states(params, batch, encoder, key, hparams)
 
     def loss(params, state, batch, key, hparams, data):
-        frozen = config.freeze_encoder
         users_UxD = jax.lax.stop_gradient(states(params, batch)) if frozen else states(params, batch, key, hparams)
         fill = -len(users_UxD) % mesh.shape["data"]  # devices take equal shares of the users
         users_UxD, real_U = jnp.pad(users_UxD, ((0, fill), (0, 0))), jnp.pad(batch.length_U > 0, (0, fill))
