@@ -39,8 +39,11 @@ VARIANTS = {
 
 
 def user_encoder(config: ConfigDict) -> None:
-    """The paper's encoder with the [UR] token: 4 heads, ReLU."""
-    config.encoder.update(user_token=True, heads=4, activation="relu")
+    """The paper's encoder with the [UR] token: SASRec's own, 4 heads, ReLU, norms before attention and feed-forward.
+
+    With norms behind them (`norm=post`) the states of all users became one within 700 steps on MovieLens-1M.
+    """
+    config.encoder.update(user_token=True, heads=4, activation="relu", norm="pre", final_norm=True)
 
 
 def get_config(argument: str = "") -> ConfigDict:

@@ -24,6 +24,14 @@ STYLE = (
     " table{margin-bottom:1em} img{max-width:100%} .warning{color:#b00;font-weight:bold}"
 )
 APART = ("seed", "data.dir", "data.path", "data.cache_dir")  # what runs of one recipe may differ in
+CURVES = {  # title: for each panel the kind of line, the value, the panel's own title
+    "next-item loss and validation ndcg@10": (
+        ("train", "next_item", "next-item loss"), ("valid", "ndcg@10", "validation ndcg@10"),
+    ),
+    "CLUE's loss and the spread of its projections": (
+        ("train", "above_minimum", "loss above its minimum of -1"), ("train", "spread", "spread of the projections"),
+    ),
+}  # fmt: skip
 UNFINISHED = "its run is not finished; continue it with the command that began it"
 MIXED = "These runs differ in protocol or data, so their figures cannot be compared (--force)."
 
@@ -148,8 +156,9 @@ def _pictures(named: dict[str, Run]) -> Iterator[tuple[str, bytes]]:
     """(title, PNG) of every picture that has something to show."""
     lines = {name: run.lines for name, run in named.items()}
     arrays = {name: run.arrays for name, run in named.items() if run.arrays}
-    if any(lines.values()):
-        yield "next-item loss and validation ndcg@10", _png(lambda panels: _draw_curves(panels, lines), 2)
+    for title, curves in CURVES.items():
+        if any(value in line for points in lines.values() for line in points for _, value, _ in curves):
+            yield title, _png(lambda panels, curves=curves: _draw_curves(panels, lines, curves), 2)
     if arrays:
         title = "singular values of the items"
         yield title, _png(lambda panels: report.draw_spectra(panels[0], arrays, title))
@@ -167,9 +176,9 @@ def _png(draw: Callable[[tuple], None], panels: int = 1) -> bytes:
         return png.getvalue()
 
 
-def _draw_curves(panels, lines) -> None:
-    report.draw_curves(panels[0], lines, "train", "next_item", "next-item loss")
-    report.draw_curves(panels[1], lines, "valid", "ndcg@10", "validation ndcg@10")
+def _draw_curves(panels, lines, curves) -> None:
+    for axes, (kind, value, title) in zip(panels, curves, strict=True):
+        report.draw_curves(axes, lines, kind, value, title)
 
 
 def _name(run: Run) -> str:

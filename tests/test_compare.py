@@ -74,6 +74,15 @@ def test_page_holds_everything(trained, tmp_path, capsys):
     assert "http" not in page and "<script" not in page and "cannot be compared" not in page
 
 
+def test_pretraining_shows_its_loss_and_spread(trained, tmp_path):
+    clue = changed_copy(trained, tmp_path / "clue", test={})
+    found = {"kind": "train", "step": 8, "epoch": 1.0, "above_minimum": 0.5, "spread": 0.1}
+    (clue / "metrics.jsonl").write_text(json.dumps(found) + "\n")
+    assert report(tmp_path / "page.html", clue) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "the spread of its projections" in page and "next-item loss" not in page
+
+
 def test_curves_of_unlike_steps_go_by_epochs(tmp_path):
     def lines_of(steps):
         logged = {"kind": "train", "step": steps // 2, "epoch": 0.5, "ndcg@10": 9.0}
