@@ -120,7 +120,8 @@ def get_config(argument: str = "") -> ConfigDict:
     # What makes the two views differ: dropout alone | mask | crop (drops a window, where CL4SRec keeps one) | permute
     clue.view = "dropout"
     clue.share = 0.2  # of a history that view mask, crop or permute changes; of the items that masked_items predicts
-    clue.bottleneck = 16  # width inside the predictor (SimSiam: a quarter of encoder.dim)
+    clue.width = 64  # of the projections (not in the paper)
+    clue.bottleneck = 16  # width inside the predictor (SimSiam: a quarter of the projections')
     clue.stop_gradient = True  # False collapses: the paper's ablation
     clue.predictor = True  # False collapses: the paper's ablation
 

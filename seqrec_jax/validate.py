@@ -44,6 +44,7 @@ RANGES = {  # for a tuple: of each element
     "s3rec.mask": "[0, 1]",
     "s3rec.negatives": "[1, inf)",
     "clue.share": "[0, 1]",
+    "clue.width": "[1, inf)",
     "clue.bottleneck": "[1, inf)",
     "augment.crop": "[0, 1]",
     "augment.mask": "[0, 1]",

@@ -29,7 +29,14 @@ LENGTHS = (1, 2, 3, 4, 5, 9, 3, 14, 6, 8, 7, 4)
 MESH = make_mesh(1, 1)
 batch_at = jax.jit(batches.batch_at)
 STILL = {"embedding_dropout": 0.0, "hidden_dropout": 0.0}
-TINY = {"encoder.max_length": WIDTH, "encoder.dim": 8, "encoder.ffn": 16, "encoder.layers": 1, "clue.bottleneck": 4}
+TINY = {
+    "encoder.max_length": WIDTH,
+    "encoder.dim": 8,
+    "encoder.ffn": 16,
+    "encoder.layers": 1,
+    "clue.width": 8,
+    "clue.bottleneck": 4,
+}
 
 
 def dataset_of(histories, num_items=ITEMS):

@@ -13,8 +13,8 @@ EPSILON = 1e-5  # of batch normalisation
 MOMENTUM = 0.9  # of the running statistics
 
 
-def init_heads(key: jax.Array, dim: int, bottleneck: int) -> dict:
-    """{"projector": 3 normalised layers, dim to dim; "predictor": a normalised one to `bottleneck`, a linear one back}.
+def init_heads(key: jax.Array, dim: int, width: int, bottleneck: int) -> dict:
+    """{"projector": 3 normalised layers, dim to width; "predictor": a normalised one to `bottleneck`, a linear one back}.
 
     The widths and where to normalise are SimSiam's, the paper gives none.
     """
@@ -25,19 +25,19 @@ def init_heads(key: jax.Array, dim: int, bottleneck: int) -> dict:
         return {"kernel": kernel(key, (inputs, outputs)), "scale": jnp.ones(outputs), "bias": jnp.zeros(outputs)}
 
     return {
-        "projector": {f"layer_{layer}": normalised(keys[layer], dim, dim) for layer in range(3)},
+        "projector": {f"layer_{layer}": normalised(keys[layer], width if layer else dim, width) for layer in range(3)},
         "predictor": {
-            "layer_0": normalised(keys[3], dim, bottleneck),
-            "output": {"kernel": kernel(keys[4], (bottleneck, dim)), "bias": jnp.zeros(dim)},
+            "layer_0": normalised(keys[3], width, bottleneck),
+            "output": {"kernel": kernel(keys[4], (bottleneck, width)), "bias": jnp.zeros(width)},
         },
     }
 
 
-def init_statistics(dim: int, bottleneck: int) -> dict:
+def init_statistics(width: int, bottleneck: int) -> dict:
     """Running statistics of every normalised layer, before the first step."""
     layer = lambda width: {"mean": jnp.zeros(width), "variance": jnp.ones(width)}  # noqa: E731
     return {
-        "projector": {f"layer_{layer_}": layer(dim) for layer_ in range(3)},
+        "projector": {f"layer_{layer_}": layer(width) for layer_ in range(3)},
         "predictor": {"layer_0": layer(bottleneck)},
     }
 

@@ -33,7 +33,9 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
 
     def init(key):
         params = encoders.init(key, encoder, num_items, causal=False)
-        heads = bootstrap.init_heads(jax.random.fold_in(key, 1), encoder.dim, clue.bottleneck) if contrasts else {}
+        heads = {}
+        if contrasts:
+            heads = bootstrap.init_heads(jax.random.fold_in(key, 1), encoder.dim, clue.width, clue.bottleneck)
         return params | heads
 
     def states(params, batch, key=None, hparams=NO_DROPOUT):
@@ -68,7 +70,7 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
         states=states,
         loss=contrast if contrasts else masked_items,
         data={"items_A": dataset.items_A},
-        state=bootstrap.init_statistics(encoder.dim, clue.bottleneck) if contrasts else {},
+        state=bootstrap.init_statistics(clue.width, clue.bottleneck) if contrasts else {},
         judged="end",  # users may well begin alike
     )
 
