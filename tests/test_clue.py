@@ -184,15 +184,17 @@ def heads():
     """(users [2, U, 8], which are real, parameters with all entries moved, fresh statistics), float64 on the host."""
     generator = np.random.default_rng(0)
     users, valid = generator.normal(size=(2, 9, 8)), np.arange(9) < 7
-    params = bootstrap.init_heads(jax.random.key(0), 8, 4)
+    params = bootstrap.init_heads(jax.random.key(0), 8, 12, 4)
     params = jax.tree.map(lambda x: np.asarray(x) + 0.3 * generator.normal(size=x.shape), params)
-    return users, valid, params, bootstrap.init_statistics(8, 4)
+    return users, valid, params, bootstrap.init_statistics(12, 4)
 
 
 def normalised(x, valid, layer):
     x = x @ layer["kernel"]
     real = x[valid]
-    return (x - real.mean(axis=0)) / np.sqrt(real.var(axis=0) + 1e-5) * layer["scale"] + layer["bias"], real
+    return (x - real.mean(axis=0)) / np.sqrt(real.var(axis=0) + 1e-5) * layer.get("scale", 1) + layer.get(
+        "bias", 0
+    ), real
 
 
 def test_heads_normalise_each_view_by_its_real_users(heads):
