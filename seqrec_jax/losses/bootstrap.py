@@ -59,8 +59,8 @@ def predict(z_VxUxD, valid_U, params: dict, statistics: dict) -> tuple[jax.Array
 
 
 def batch_norm(x_VxUxD, valid_U, params: dict, running: dict) -> tuple[jax.Array, dict]:
-    """Each view's columns with mean 0 and variance 1 over the valid users, scaled and shifted where `params` say so; the
-    new statistics.
+    """Each view's columns with mean 0 and variance 1 over the valid users, scaled and shifted as `params` say; the new
+    statistics.
     """
     weight_Ux1 = (valid_U / jnp.maximum(valid_U.sum(), 1))[:, None]
     mean_Vx1xD = (weight_Ux1 * x_VxUxD).sum(axis=1, keepdims=True)
