@@ -192,9 +192,8 @@ def heads():
 def normalised(x, valid, layer):
     x = x @ layer["kernel"]
     real = x[valid]
-    return (x - real.mean(axis=0)) / np.sqrt(real.var(axis=0) + 1e-5) * layer.get("scale", 1) + layer.get(
-        "bias", 0
-    ), real
+    x = (x - real.mean(axis=0)) / np.sqrt(real.var(axis=0) + 1e-5)
+    return x * layer.get("scale", 1) + layer.get("bias", 0), real
 
 
 def test_heads_normalise_each_view_by_its_real_users(heads):
