@@ -93,6 +93,15 @@ def effective_rank(values_D: jax.Array) -> jax.Array:
     return jnp.exp(-jax.scipy.special.xlogy(share_D, share_D).sum())
 
 
+def user_rank(x_NxD: jax.Array) -> jax.Array:
+    """How many dimensions unit vectors differ in: the effective rank around their mean. NaN: they do not differ.
+
+    Of a method without negatives it tells what the spread of projections cannot: that all users lie on one line.
+    """
+    x_NxD = unit(x_NxD)
+    return effective_rank(spectrum(x_NxD - x_NxD.mean(axis=0)))
+
+
 def project(items_VxD: jax.Array) -> jax.Array:
     """Figure 1a: [V, 2], the rows along the first two singular directions, each turned so that its mean is not < 0."""
     items_VxD = jnp.pad(items_VxD, ((0, 0), (0, max(2 - items_VxD.shape[1], 0))))  # a one-dimensional table is flat
@@ -247,6 +256,7 @@ def _figures(plain_NxD, masked_NxD, masked_again_NxD, target_N, params, num_item
         "alignment": alignment(masked_NxD, masked_again_NxD),
         "target_alignment": target_alignment(plain_NxD, target_N),
         "uniformity": uniformity(plain_NxD),
+        "user_rank": user_rank(plain_NxD),
         "item_cosine": mean_cosine(items_VxD),
         "effective_rank": effective_rank(spectrum(items_VxD)),
     }

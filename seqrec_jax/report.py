@@ -16,8 +16,9 @@ FIGURES = {  # of results["analysis"]: what they are called
     "target_alignment": "same-target alignment",
     "uniformity": "uniformity",
     "mean_cosine": "user cosine",
+    "user_rank": "user rank",
     "item_cosine": "item cosine",
-    "effective_rank": "effective rank",
+    "effective_rank": "item rank",
 }
 
 

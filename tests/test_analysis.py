@@ -113,6 +113,18 @@ def test_spectrum_and_effective_rank(shape):
     assert analysis.effective_rank(found) == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-4)
 
 
+def test_user_rank_is_that_of_the_directions_around_their_mean():
+    generator = np.random.default_rng(0)
+    for count, dims in ((300, 1), (300, 3), (5, 8)):
+        x_NxD = generator.normal(size=(count, dims)) @ generator.normal(size=(dims, 8)) + 2
+        unit_NxD = x_NxD / np.linalg.norm(x_NxD, axis=1, keepdims=True)
+        values_D = np.linalg.svd(unit_NxD - unit_NxD.mean(axis=0), compute_uv=False)
+        share_D = values_D[values_D > 1e-9] / values_D.sum()
+        wanted = np.exp(-(share_D * np.log(share_D)).sum())
+        assert analysis.user_rank(jnp.asarray(x_NxD, jnp.float32)) == pytest.approx(wanted, rel=1e-3)
+    assert np.isnan(analysis.user_rank(jnp.ones((4, 8))))
+
+
 def test_effective_rank_of_known_tables():
     equal, single = jnp.array(np.tile(np.eye(5), (3, 1))), jnp.ones((7, 3))
     assert analysis.effective_rank(analysis.spectrum(equal)) == pytest.approx(5, rel=1e-5)
@@ -336,7 +348,8 @@ def test_normal_run_gives_no_alarm_and_leaves_its_figures(cache, tmp_path):
     results, pop = (json.loads((tmp_path / folder / "results.json").read_text()) for folder in (".", "baselines/pop"))
     assert results["collapsed"] is None and "collapsed" not in pop
     assert results["analysis"].keys() == {
-        "alignment", "target_alignment", "uniformity", "item_cosine", "effective_rank", "mean_cosine", "same_top10",
+        "alignment", "target_alignment", "uniformity", "user_rank", "item_cosine", "effective_rank", "mean_cosine",
+        "same_top10",
     }  # fmt: skip
     arrays, items = report.read_arrays(tmp_path), results["dataset"]["items"]
     assert arrays["projection_Vx2"].shape == (items, 2) and arrays["train_count_V"].shape == (items,)
