@@ -194,6 +194,11 @@ def select(config: ConfigDict, argument: str, variants: dict) -> ConfigDict:
     return config
 
 
+def data_named(argument: str) -> set[str]:
+    """The data set that the argument after the colon names, or `own`; empty: the embedded data."""
+    return {*DATASETS, "own"} & set(map(str.strip, argument.split(",")))
+
+
 def long_histories(config: ConfigDict) -> None:
     """Where most targets are older than max_length, windows keep them; on ml1m the dropout of sparse data hurts."""
     if config.data.name in ("lastfm", "ml1m"):

@@ -38,7 +38,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.init_from = "the workdir of a pretraining run"  # to be named, or emptied; no folder has this name
     config.eval.protocol = "B"  # next_item
     user_encoder(config)
-    if not argument:
+    if not base.data_named(argument):  # both stages alike, whatever their variants
         base.embedded_encoder(config)
     config.train.update(schedule="constant", max_epochs=20, patience=5)
     base.select(config, argument, VARIANTS)

@@ -56,7 +56,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.system = "clue"
     config.train.update(schedule="constant", max_epochs=50, patience=0)
     user_encoder(config)
-    if not argument:
+    if not base.data_named(argument):  # both stages alike, whatever their variants
         base.embedded_encoder(config)
     base.select(config, argument, VARIANTS)
     config.report.baselines = ()  # nothing is ranked

@@ -29,6 +29,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config.init_from = "the workdir of a pretraining run"  # to be named; no folder has this name
     config.loss.next_item = "bce"
     config.train.update(schedule="constant", max_epochs=200, patience=10)
-    if not argument:
+    if not base.data_named(argument):  # both stages alike, whatever their variants
         embedded(config)
     return base.select(config, argument, VARIANTS)

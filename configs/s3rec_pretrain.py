@@ -45,6 +45,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config.system = "s3rec"
     config.data.attributes = "" if "own" in argument.split(",") else "included"
     config.train.update(schedule="constant", max_epochs=150, patience=0)
-    if not argument:
+    if not base.data_named(argument):  # both stages alike, whatever their variants
         embedded(config)
     return base.select(config, argument, VARIANTS)

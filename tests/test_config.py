@@ -19,7 +19,7 @@ FREE_TEXT = {
     "name", "init_from", "data.name", "data.dir", "data.path", "data.user_column", "data.item_column",
     "data.time_column", "data.attributes",
     "data.attribute_columns", "data.attribute_separator", "data.cache_dir", "eval.negatives",
-    "profile.labels", "profile.label", "profile.user_column",
+    "profile.labels", "profile.vectors", "profile.label", "profile.user_column",
     "cold_start.targets", "cold_start.user_column", "cold_start.item_column",
 }  # fmt: skip
 
@@ -142,6 +142,13 @@ def test_every_configuration_is_valid(file, data, variant):
     validate(config, num_devices=1)
     validate(config, num_devices=4)
     assert (config.name, config.data.name) == (file.removesuffix(".py"), data)
+
+
+@pytest.mark.parametrize(("first", "second"), [("clue_pretrain.py:masked_items", "clue_finetune.py:probe"),
+                                               ("s3rec_pretrain.py:mip", "s3rec_finetune.py")])  # fmt: skip
+def test_both_stages_have_one_encoder_on_the_embedded_data_whatever_their_variants(first, second):
+    one, other = (load(str(CONFIGS / name)).encoder for name in (first, second))
+    assert one == other and one.dim == 32
 
 
 def test_the_paper_variants_follow_the_papers():
