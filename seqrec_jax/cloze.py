@@ -24,6 +24,23 @@ def masked_cells(key: jax.Array, batch: Batch, probability: jax.Array) -> jax.Ar
     return drawn_RxL | last_N.reshape(drawn_RxL.shape)
 
 
+def cut(key: jax.Array, batch: Batch, positions: str) -> Batch:
+    """Each history up to an item drawn anew: uniform over its items. The cells behind are empty."""
+    length_U = jax.random.randint(key, batch.length_U.shape, 1, jnp.maximum(batch.length_U, 1) + 1)
+    length_U = jnp.minimum(length_U, batch.length_U)
+    owner_RxL, width = jnp.maximum(batch.segments_RxL - 1, 0), batch.items_RxL.shape[1]
+    offset_RxL = jnp.arange(width) - batch.column_U[owner_RxL]
+    kept_RxL = (batch.segments_RxL > 0) & (offset_RxL < length_U[owner_RxL])
+    keep = lambda x_RxL: jnp.where(kept_RxL, x_RxL, 0)  # noqa: E731
+    return batch.replace(
+        items_RxL=keep(batch.items_RxL),
+        segments_RxL=keep(batch.segments_RxL),
+        positions_RxL=keep(position_ids(offset_RxL, length_U[owner_RxL], width, positions)),
+        targets_RxL=keep(batch.targets_RxL),
+        length_U=length_U,
+    )
+
+
 def draw_segments(key: jax.Array, length_U: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(begin_U, span_U): a span uniform in 1..floor(n / 2), then a start uniform over the n - span + 1 places.
 

@@ -40,6 +40,8 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
 
     def loss(params, state, batch, key, hparams, data):
         key_views, key_encode, key_negatives = jax.random.split(key, 3)
+        if s3rec.cut:
+            batch = cloze.cut(jax.random.fold_in(key, 3), batch, encoder.positions)
         views, masked_N, whole_U = views_of(key_views, batch, data, hparams, used, s3rec, mask_item)
         hidden = encode_views(params, batch, views, encoder, key_encode, hparams, mesh)
         terms = objectives(key_negatives, params, hidden, batch, masked_N, whole_U, data, used, s3rec, mesh)
