@@ -119,6 +119,21 @@ def test_the_last_item_is_always_masked_the_others_by_chance():
     assert (np.asarray(draw(keys(), batch, jnp.float32(1)))[0] == real).all()
 
 
+@pytest.mark.parametrize("positions", ["left", "right"])
+def test_histories_are_cut_behind_any_of_their_items_alike(positions):
+    batch = batch_of(numbered(), positions=positions)
+    whole = lines_of(batch.items_RxL, batch)
+    ends_UxK = np.asarray(jax.vmap(lambda key: cloze.cut(key, batch, positions).length_U)(keys())).T
+    for user, length, ends_K in zip(batch.users_U.tolist(), batch.length_U.tolist(), ends_UxK, strict=True):
+        assert uniform(Counter(ends_K.tolist()), range(1, length + 1) if user >= 0 else [0])
+    cut = cloze.cut(jax.random.key(1), batch, positions)
+    for user, items in lines_of(cut.items_RxL, cut).items():
+        assert items == whole[user][: len(items)]
+        first = WIDTH - len(items) if positions == "left" else 0
+        assert lines_of(cut.positions_RxL, cut)[user] == list(range(first, first + len(items)))
+    assert (cut.items_RxL > 0).sum() == (cut.segments_RxL > 0).sum() == cut.length_U.sum() < batch.length_U.sum()
+
+
 def test_segments_are_uniform():
     lengths = jnp.arange(WIDTH + 2)
     begins, spans = jax.jit(jax.vmap(cloze.draw_segments, (0, None)))(keys(), lengths)
