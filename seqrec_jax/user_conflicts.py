@@ -57,17 +57,17 @@ def _downstream_conflicts(config: ConfigDict) -> Iterator[str]:
             f"task={task} with system={config.system}: a task belongs to system=downstream (configs/clue_finetune.py); "
             f"allowed there: next_item, {', '.join(TASKS)}"
         )
+    if config.profile.vectors and (task != "profile" or config.init_from or config.freeze_encoder):
+        yield (
+            f"profile.vectors={config.profile.vectors} stand for the encoder of task=profile; leave out other tasks, "
+            "init_from (--config.init_from=) and freeze_encoder"
+        )
     if not task:
         return
     if train.targets != "prefix":
         yield f"train.targets={train.targets}: system=downstream learns one target a history; allowed: prefix"
     if config.loss.next_item != "full":
         yield f"loss.next_item={config.loss.next_item}: system=downstream learns by the full softmax; allowed: full"
-    if config.profile.vectors and (task != "profile" or config.init_from or config.freeze_encoder):
-        yield (
-            f"profile.vectors={config.profile.vectors} stand for the encoder of task=profile; leave out other tasks, "
-            "init_from (--config.init_from=) and freeze_encoder"
-        )
     if config.freeze_encoder and task == "next_item":
         yield "freeze_encoder=True leaves task=next_item nothing to train: its softmax is tied to the items"
     if config.freeze_encoder and train.weight_decay:
