@@ -124,6 +124,7 @@ def config_of(source, sizes: Sizes, path: Path | str) -> ConfigDict:
     """The recipe for real data of a file of configs/."""
     config = source.get_config("own")
     config.data.path, config.train.batch_size, config.report.baselines = str(Path(path).absolute()), sizes.batch, ()
+    config.s3rec.cut = False  # `per_unit` counts the masked items of whole histories
     return config.lock()
 
 

@@ -2,8 +2,9 @@
 
 The pretraining stage; configs/s3rec_finetune.py goes on from its workdir. The four objectives with the published
 weights, in the form of the published code (`s3rec.form=paper`: that of the paper's equations). Each history is read
-once an epoch; `paper` reads every prefix of it, as published. `mip`: masked items alone, CL4SRec's baseline S3-Rec MIP,
-which needs no attributes.
+once an epoch, up to an item drawn anew (`s3rec.cut`); `paper` reads every prefix of it, as published. `mip`: masked
+items alone, CL4SRec's baseline S3-Rec MIP, which needs no attributes. Small steps matter: with 256 histories a step the
+state at a mask does not see its context for long (docs/results.md).
 
 Validation shows that masked items are recovered: it ranks the next item at a mask behind the history, with the map of
 masked item prediction (so it tells nothing under s3rec.mip=0). The run goes through all its epochs.
@@ -22,6 +23,7 @@ from configs import base
 def paper(config: ConfigDict) -> None:
     """Section 5.1: batches of 200 (here prefixes) and 100 epochs; the published figures are of 100 or 150."""
     config.train.update(targets="prefix", batch_size=200, max_epochs=100)
+    config.s3rec.cut = False
 
 
 def mip(config: ConfigDict) -> None:
@@ -44,7 +46,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.name = "s3rec_pretrain"
     config.system = "s3rec"
     config.data.attributes = "" if "own" in argument.split(",") else "included"
-    config.train.update(schedule="constant", max_epochs=150, patience=0)
+    config.train.update(schedule="constant", batch_size=64, max_epochs=150, patience=0)
     if not base.data_named(argument):  # both stages alike, whatever their variants
         embedded(config)
     return base.select(config, argument, VARIANTS)

@@ -263,6 +263,17 @@ def case(request):
     return *replicate(MESH, (hparams, params, system.data)), jax.jit(step)
 
 
+def test_what_is_cut_is_learned_from_as_if_it_were_all():
+    dataset = random_dataset()
+    (config, system), (_, plain) = (case_of(dataset, cut=cut) for cut in (True, False))
+    key, params, batch = jax.random.key(2), plain.init(jax.random.key(0)), batch_of(dataset)
+    shorter = cloze.cut(jax.random.fold_in(key, 3), batch, "left")
+    hparams = jax.tree.map(jnp.float32, hparams_of(config))
+    loss = lambda system, batch: jax.jit(system.loss)(params, {}, batch, key, hparams, plain.data)[0]  # noqa: E731
+    assert loss(system, batch) == pytest.approx(float(loss(plain, shorter)), rel=1e-5)
+    assert abs(loss(system, batch) - loss(plain, batch)) > 1
+
+
 def off(*names):
     return replicate(MESH, {name: jnp.float32(0) for name in names})
 
