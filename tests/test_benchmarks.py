@@ -131,7 +131,7 @@ def test_the_peer_has_s3recs_loss_and_gradient():
     from benchmarks import peers
 
     config, dataset = small_config(), data.with_attributes(data.made_up(USERS, ITEMS), count=20)
-    config.system = "s3rec"
+    config.system, config.s3rec.cut = "s3rec", False  # as published: prefixes, whole
     system = systems.build(config, dataset, make_mesh(1, 1))
     params = large_params(system)
     layout = make_layout(train_examples(dataset, "prefix", WIDTH, whole=True), 40, WIDTH, packed=False)
