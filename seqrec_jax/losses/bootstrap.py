@@ -15,7 +15,7 @@ MOMENTUM = 0.9  # of the running statistics
 
 def init_heads(key: jax.Array, dim: int, width: int, bottleneck: int) -> dict:
     """{"projector": 3 normalised layers, `dim` to `width`; "predictor": a normalised one to `bottleneck`, a linear one
-    back}. As in SimSiam, for the paper says no more: the last layer of the projector has no scale and bias of its own.
+    back}. The paper normalises each layer of the projector and gives no widths.
     """
     keys = jax.random.split(key, 5)
     kernel = jax.nn.initializers.lecun_normal()
@@ -23,9 +23,8 @@ def init_heads(key: jax.Array, dim: int, width: int, bottleneck: int) -> dict:
     def normalised(key, inputs, outputs):
         return {"kernel": kernel(key, (inputs, outputs)), "scale": jnp.ones(outputs), "bias": jnp.zeros(outputs)}
 
-    projector = {f"layer_{layer}": normalised(keys[layer], width if layer else dim, width) for layer in range(3)}
     return {
-        "projector": projector | {"layer_2": {"kernel": projector["layer_2"]["kernel"]}},
+        "projector": {f"layer_{layer}": normalised(keys[layer], width if layer else dim, width) for layer in range(3)},
         "predictor": {
             "layer_0": normalised(keys[3], width, bottleneck),
             "output": {"kernel": kernel(keys[4], (bottleneck, width)), "bias": jnp.zeros(width)},
@@ -59,14 +58,11 @@ def predict(z_VxUxD, valid_U, params: dict, statistics: dict) -> tuple[jax.Array
 
 
 def batch_norm(x_VxUxD, valid_U, params: dict, running: dict) -> tuple[jax.Array, dict]:
-    """Each view's columns with mean 0 and variance 1 over the valid users, scaled and shifted as `params` say; the new
-    statistics.
-    """
+    """Each view's columns with mean 0 and variance 1 over the valid users, scaled and shifted; the new statistics."""
     weight_Ux1 = (valid_U / jnp.maximum(valid_U.sum(), 1))[:, None]
     mean_Vx1xD = (weight_Ux1 * x_VxUxD).sum(axis=1, keepdims=True)
     variance_Vx1xD = (weight_Ux1 * (x_VxUxD - mean_Vx1xD) ** 2).sum(axis=1, keepdims=True)
-    y_VxUxD = (x_VxUxD - mean_Vx1xD) * jax.lax.rsqrt(variance_Vx1xD + EPSILON)
-    y_VxUxD = y_VxUxD * params.get("scale", 1.0) + params.get("bias", 0.0)
+    y_VxUxD = (x_VxUxD - mean_Vx1xD) * jax.lax.rsqrt(variance_Vx1xD + EPSILON) * params["scale"] + params["bias"]
     seen = {"mean": mean_Vx1xD.mean(axis=(0, 1)), "variance": variance_Vx1xD.mean(axis=(0, 1))}
     return y_VxUxD, {name: MOMENTUM * running[name] + (1 - MOMENTUM) * seen[name] for name in seen}
 
