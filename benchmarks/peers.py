@@ -88,11 +88,12 @@ class S3rec(nn.Module):
 def tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     """A batch of benchmarks/data.py with items counted from 0 and NONE for no target."""
     ready = {name: torch.from_numpy(np.asarray(array, np.int64)) for name, array in batch.items()}
-    for name in {"items", "target", "hidden_item", "known", "negatives"} & ready.keys():
+    for name in {"items", "hidden_item", "known", "negatives"} & ready.keys():
         ready[name] = (ready[name] - 1).clamp(min=0)
     for name in {"masked", "segmented"} & ready.keys():
         ready[name] = ready[name] > 0
-    ready["targets"] = torch.where(ready["targets"] > 0, ready["targets"] - 1, NONE)
+    for name in {"targets", "target"} & ready.keys():
+        ready[name] = torch.where(ready[name] > 0, ready[name] - 1, NONE)
     return ready
 
 
@@ -103,6 +104,20 @@ def next_item_loss(model: Sasrec, batch: dict, everywhere: bool = False) -> torc
         states, targets = states[targets != NONE], targets[targets != NONE]
     logits = states @ model.items.weight.T
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=NONE)
+
+
+def softmax_at(model: Sasrec, batch: dict, negatives: int) -> torch.Tensor:
+    """Mean cross-entropy at the cells `place` [M] over all items, or over the target and `negatives` shared ones drawn
+    uniformly; fixed shapes, as compiled code wants them: cells with `target` NONE do not count.
+    """
+    states, target = model(batch).flatten(0, 1)[batch["place"]], batch["target"]
+    if not negatives:
+        return F.cross_entropy(states @ model.items.weight.T, target, ignore_index=NONE)
+    drawn = torch.randint(model.items.num_embeddings, (negatives,), device=target.device)
+    others = (states @ model.items(drawn).T).masked_fill(drawn == target[:, None], -math.inf)
+    positive = (states * model.items(target.clamp(min=0))).sum(1, keepdim=True)
+    first = torch.where(target == NONE, NONE, 0)
+    return F.cross_entropy(torch.cat([positive, others], 1).float(), first, ignore_index=NONE)
 
 
 def duorec_loss(model: Sasrec, prefixes: dict, same_target: dict) -> torch.Tensor:

@@ -37,16 +37,20 @@ class Evaluator:
 
     def __call__(self, system: System, params: dict) -> dict[str, float]:
         """Metrics over all evaluated users, each counted once."""
-        plan = plan_epoch(self.layout, None)
-        parts = [self._step(system.states, params, self.arrays, self.layout, plan, t) for t in range(self.layout.steps)]
-        columns = zip(*jax.device_get(parts), strict=True)
-        users_U, greater_U, tied_U, missed_U = (np.concatenate(column) for column in columns)
+        counts_TxU = jax.device_get(self.counts(system.states, params, self.arrays, self.layout))
+        users_U, greater_U, tied_U, missed_U = (count_TxU.reshape(-1) for count_TxU in counts_TxU)
         real_U = users_U >= 0
         assert real_U.sum() == self.users and len(np.unique(users_U[real_U])) == self.users
         return ranking.metrics(greater_U[real_U], tied_U[real_U], missed_U[real_U])
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
-    def _step(self, states, params, arrays, layout, plan, index):
+    def counts(self, states, params, arrays, layout):
+        """Of all batches in one dispatch, [T, U] each: user (−1: none), items above the target, ties, unseen."""
+        plan = plan_epoch(layout, None)
+        batch_counts = functools.partial(self._batch_counts, states, params, arrays, layout, plan)
+        return jax.lax.map(batch_counts, jnp.arange(layout.steps))
+
+    def _batch_counts(self, states, params, arrays, layout, plan, index):
         batch: Batch = split_rows(self.mesh, batch_of(arrays["items_A"], layout, plan, index))
         user_U = jnp.maximum(batch.users_U, 0)
         target_U = arrays["target_U"][user_U]

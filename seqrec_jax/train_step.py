@@ -57,7 +57,7 @@ def init_state(system: System, config: ConfigDict, mesh: Mesh) -> TrainState:
 
 
 def make_train_steps(system: System, config: ConfigDict, mesh: Mesh, total_steps: int):
-    """Returns train_steps(state, count, layout, plan, data, hparams) → (state, sums).
+    """Returns train_steps(state, count, key, layout, plan, data, hparams) → (state, sums); `key`: see training_key.
 
     One compiled program for any `count`: a loop with a traced bound, so that a run that was stopped and resumed
     computes every step with the same program, bit for bit. `sums`: metrics added over the steps, targets seen, and
@@ -66,12 +66,17 @@ def make_train_steps(system: System, config: ConfigDict, mesh: Mesh, total_steps
     return _train_steps(system.loss, FrozenConfigDict(config), mesh, total_steps)
 
 
+def training_key(seed: int) -> jax.Array:
+    """The key that each step folds its number into. It is an argument of the program, which serves all seeds."""
+    return jax.random.fold_in(jax.random.key(seed), 2)
+
+
 @functools.lru_cache(maxsize=1)  # the folds of a run share it
 def _train_steps(loss: Callable, config: FrozenConfigDict, mesh: Mesh, total_steps: int):
     @jax.jit  # traced once for its shapes and for the loop
-    def one_step(state: TrainState, layout: Layout, plan: Plan, data, hparams):
+    def one_step(state: TrainState, key, layout: Layout, plan: Plan, data, hparams):
         batch = split_rows(mesh, batch_of(data["items_A"], layout, plan, state.step % layout.steps))
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 2), state.step)
+        key = jax.random.fold_in(key, state.step)
         contrast = schedule(config.contrastive.schedule, state.step, total_steps, 0)
         hparams = hparams | {"contrast_weight": hparams["contrast_weight"] * contrast}
         (value, (extra, metrics)), gradients = jax.value_and_grad(loss, has_aux=True)(
@@ -90,13 +95,13 @@ def _train_steps(loss: Callable, config: FrozenConfigDict, mesh: Mesh, total_ste
         }
         return TrainState(state.step + 1, params, optimizer, extra), counts
 
-    def train_steps(state, count, layout, plan, data, hparams):
-        shapes = jax.eval_shape(one_step, state, layout, plan, data, hparams)[1]
+    def train_steps(state, count, *arguments):
+        shapes = jax.eval_shape(one_step, state, *arguments)[1]
         sums = {name: jnp.full((), NO_STEP if name == "bad_step" else 0, s.dtype) for name, s in shapes.items()}
 
         def body(_, carry):
             state, sums = carry
-            state, counts = one_step(state, layout, plan, data, hparams)
+            state, counts = one_step(state, *arguments)
             add = {name: (jnp.minimum if name == "bad_step" else jnp.add)(sums[name], counts[name]) for name in sums}
             return state, add
 
@@ -115,6 +120,7 @@ class Program:
 
     seed: int
     mesh: Mesh
+    key: jax.Array
     layout: Layout
     data: Any
     hparams: dict
@@ -132,7 +138,8 @@ class Program:
         if step // self.layout.steps != self.epoch:
             self.epoch = step // self.layout.steps
             self.plan = jax.jit(plan_epoch)(self.layout, epoch_key(self.seed, self.epoch))
-        return replicate(self.mesh, np.int32(until - step)), self.layout, self.plan, self.data, self.hparams
+        count = replicate(self.mesh, np.int32(until - step))
+        return count, self.key, self.layout, self.plan, self.data, self.hparams
 
 
 def compile_program(
@@ -140,7 +147,8 @@ def compile_program(
 ) -> Program:
     """Compiles, or finds in the compilation cache, the one program that takes all steps; logs how long that took."""
     hparams = {name: np.float32(value) for name, value in hparams_of(config).items()}
-    program = Program(config.seed, mesh, *(replicate(mesh, tree) for tree in (layout, system.data, hparams)))
+    inputs = (training_key(config.seed), layout, system.data, hparams)
+    program = Program(config.seed, mesh, *(replicate(mesh, tree) for tree in inputs))
     began = time.perf_counter()
     lowered = make_train_steps(system, config, mesh, total_steps).lower(state, *program._arguments(int(state.step), 0))
     traced = time.perf_counter()

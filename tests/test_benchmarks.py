@@ -89,6 +89,34 @@ def test_the_peers_have_our_loss_and_gradient(model, packed, everywhere):
     np.testing.assert_allclose(copy.items.weight.grad.numpy(), gradient["items"][1 : ITEMS + 1], atol=1e-5)
 
 
+@pytest.mark.parametrize("negatives", [0, 40])
+def test_the_compiled_peers_loss_has_fixed_shapes_and_the_same_value(model, negatives):
+    """Cells that fill up the batch count for nothing; sampled: an oracle with the negatives that torch's seed draws."""
+    import torch
+
+    from benchmarks import peers
+
+    *_, copy = model
+    batch = all_users(model[1], packed=True)[1]
+    place_M = np.flatnonzero(batch["targets"])
+    filled = batch | {"place": np.pad(place_M, (0, 7)), "target": np.pad(batch["targets"].ravel()[place_M], (0, 7))}
+    torch.manual_seed(5)
+    found = peers.softmax_at(copy, peers.tensors(filled), negatives).item()
+    plain = peers.tensors(batch)
+    if not negatives:
+        assert found == pytest.approx(peers.next_item_loss(copy, plain).item(), rel=1e-6)
+        return
+    torch.manual_seed(5)
+    drawn = torch.randint(ITEMS, (negatives,)).numpy()
+    table = copy.items.weight.detach().double().numpy()
+    states_MxD = copy(plain).flatten(0, 1).detach().double().numpy()[place_M]
+    losses = []
+    for state, target in zip(states_MxD, batch["targets"].ravel()[place_M] - 1, strict=True):
+        scores = [state @ table[target], *(state @ table[item] for item in drawn if item != target)]
+        losses.append(np.log(np.exp(scores).sum()) - scores[0])
+    assert found == pytest.approx(np.mean(losses), rel=1e-5)
+
+
 def test_the_peer_has_duorecs_loss_and_gradient(model):
     """Users 2k and 2k + 1 train on the same items in opposite orders, so that a target has exactly one partner."""
     from benchmarks import peers
@@ -271,6 +299,17 @@ def test_the_smoke_run_writes_every_section(tmp_path):
     sections = set(json.loads((tmp_path / "bench.json").read_text()))
     assert sections >= {"machine", "train_step", "loss", "contrastive_step", "augmentation", "evaluate", "startup",
                         "memory", "prefix", "duorec", "s3rec"}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_accelerator_smoke_run_writes_a_row_a_case(tmp_path):
+    pytest.importorskip("torch")
+    from benchmarks.accelerator import SMOKE, main
+
+    assert main(["--smoke", f"--out={tmp_path / 'accelerator.json'}"]) == 0
+    rows = json.loads((tmp_path / "accelerator.json").read_text())["rows"]
+    assert len(rows) == len(SMOKE)
+    assert all(row["ours_ms"] > 0 and row["torch_ms"] > 0 and row["targets_per_s"] > 0 for row in rows)
 
 
 @pytest.mark.slow

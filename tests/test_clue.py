@@ -20,7 +20,7 @@ from seqrec_jax.main import main
 from seqrec_jax.optimizer import transform
 from seqrec_jax.sharding import make_mesh, replicate
 from seqrec_jax.systems import clue, hparams_of
-from seqrec_jax.train_step import init_state, make_train_steps
+from seqrec_jax.train_step import init_state, make_train_steps, training_key
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAIN = str(ROOT / "configs" / "clue_pretrain.py")
@@ -278,7 +278,7 @@ def trained(**settings):
     layout = batches.make_layout(examples, 64, WIDTH, room=1)
     plan = batches.plan_epoch(layout, jax.random.key(0))
     hparams = {name: np.float32(value) for name, value in hparams_of(config).items()}
-    arguments = layout, plan, replicate(MESH, system.data), hparams
+    arguments = training_key(0), layout, plan, replicate(MESH, system.data), hparams
     state = init_state(system, config, MESH)
     steps = make_train_steps(system, config, MESH, 1000)
     state, _ = steps(state, 590, *arguments)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 P = PartitionSpec
 SAFE = 40.0  # logits within ±SAFE may be shifted by that bound instead of their maximum: nothing underflows
 MANY_COLUMNS = 2**17  # above this, one row of logits is large: tiles of columns with a running log-sum-exp
-TILE_COLUMNS = 2**11
+TILE_COLUMNS = {"cpu": 2**11, "gpu": 2**15, "tpu": 2**15}  # in cache on a CPU, few launches elsewhere
 
 
 def softmax_loss(
@@ -46,8 +46,9 @@ def softmax_loss(
 
 def chunk_rows(columns: int) -> int:
     """Rows walked at once: a tile of logits that stays in cache on a CPU and fills an accelerator."""
-    logits = 5 * 2**19 if jax.default_backend() == "cpu" else 2**27
-    return int(np.clip(logits // min(columns, TILE_COLUMNS if columns > MANY_COLUMNS else columns), 8, 8192))
+    backend = jax.default_backend()
+    logits = 5 * 2**19 if backend == "cpu" else 2**27
+    return int(np.clip(logits // min(columns, TILE_COLUMNS[backend] if columns > MANY_COLUMNS else columns), 8, 8192))
 
 
 def real_first(real_N: jax.Array, chunk: int) -> jax.Array:
@@ -156,7 +157,7 @@ def _whole(logits, columns_CxD, bound_M, least_M):
 
 def _tiled(logits, columns_CxD, bound_M, least_M):
     """The same in tiles of columns with a running maximum; the gradient of the columns walks over them once more."""
-    columns, width = columns_CxD.shape[0], TILE_COLUMNS
+    columns, width = columns_CxD.shape[0], TILE_COLUMNS[jax.default_backend()]
     tiles = -(-columns // width)
 
     def tile(index):
