@@ -7,10 +7,10 @@ same-target negatives removed (the published code averages and keeps them). All 
 The paper, all items, history not hidden (protocol B), HR@10 / NDCG@10: Beauty 0.0845 / 0.0443, Sports 0.0498 / 0.0262,
 ML-1M 0.2946 / 0.1680, Yelp 0.0631 / 0.0386. Its SASRec (Beauty 0.0627 / 0.0281) is not trained with this loss.
 
-Here, Beauty, B, means of three seeds: `paper` with train.targets=prefix, which needs its 25,700 steps, 0.0835 / 0.0439, and
-0.0833 / 0.0415 without the contrast; `best`, which measured best with the history hidden (D 0.0941 / 0.0574) and takes
-a seventh of the steps, 0.0866 / 0.0430, there the equal of SASRec, not its better. docs/results.md tells what was tried.
-`fast` is configs/sasrec.py's.
+Here, Beauty, B, means of three seeds: `paper` with train.targets=prefix, which needs its 25,700 steps, 0.0835 / 0.0439,
+without the contrast 0.0833 / 0.0415; `best`, which measured best with the history hidden (D 0.0941 / 0.0574) and takes
+a seventh of the steps, 0.0866 / 0.0430, the equal of SASRec in that form (docs/results.md). `fast` is
+configs/sasrec.py's.
 
     python -m seqrec_jax.main --config=configs/duorec.py
     python -m seqrec_jax.main --config=configs/duorec.py:beauty,best --config.data.dir=DATA
