@@ -48,7 +48,7 @@ class Evaluator:
         """Of all batches in one dispatch, [T, U] each: user (−1: none), items above the target, ties, unseen."""
         plan = plan_epoch(layout, None)
         batch_counts = functools.partial(self._batch_counts, states, params, arrays, layout, plan)
-        return jax.lax.map(batch_counts, jnp.arange(layout.steps))
+        return replicated(self.mesh, jax.lax.map(batch_counts, jnp.arange(layout.steps)))
 
     def _batch_counts(self, states, params, arrays, layout, plan, index):
         batch: Batch = split_rows(self.mesh, batch_of(arrays["items_A"], layout, plan, index))
@@ -57,7 +57,7 @@ class Evaluator:
         states_UxD = states(params, batch)
         if self.protocol.candidates == "sampled":
             counts = ranking.count_better_of(states_UxD, params["items"], target_U, arrays["negatives_UxK"][user_U])
-            return replicated(self.mesh, (batch.users_U, *counts))
+            return batch.users_U, *counts
         begin_U = arrays["offsets_U1"][user_U]
         end_U = arrays["offsets_U1"][user_U + 1] - self.held_out
         hidden = None
@@ -66,7 +66,7 @@ class Evaluator:
             hidden = ranking.Hidden(arrays["items_A"], arrays["first_A"], begin_U, end_U)
         block = max(BLOCK_SCORES // len(target_U), 1024)
         counts = ranking.count_better(states_UxD, params["items"], target_U, self.num_items, hidden, block)
-        return replicated(self.mesh, (batch.users_U, *counts))
+        return batch.users_U, *counts
 
 
 class Unjudged:
