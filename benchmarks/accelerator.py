@@ -131,14 +131,14 @@ def row(case: Case, dataset: SequenceDataset, seconds: float, peer: float | str,
     length_E = train_examples(dataset, "all", config.encoder.max_length).length_E
     steps = -(-len(length_E) // case.users)
     useful = flops.step_flops(length_E, steps, config.encoder, case.negatives or case.items)
-    targets, number = float(length_E.sum() / steps), (case.items * config.encoder.dim)
+    targets, parameters = float(length_E.sum() / steps), case.items * config.encoder.dim  # the rest is small
     found = {
         "ours_ms": 1e3 * seconds,
         "torch_ms": None if isinstance(peer, str) else 1e3 * peer,
         "torch_failed": peer if isinstance(peer, str) else "",
         "targets_per_s": targets / seconds,
         "arithmetic_share": useful / seconds / 1e12 / limits[f"{case.dtype}_tflops"],
-        "bandwidth_share": TOUCHES * 4 * number / seconds / 1e9 / limits["copy_gbps"],
+        "bandwidth_share": TOUCHES * 4 * parameters / seconds / 1e9 / limits["copy_gbps"],
         "temp_mib": temp_bytes / 2**20,
     }
     return dataclasses.asdict(case) | found
