@@ -4,8 +4,7 @@ The pretraining stage; configs/clue_finetune.py goes on from its workdir. Two vi
 (`clue.view=mask|crop|permute`: changed histories), no negatives. `masked_items`: PeterRec's objective on the same
 encoder, [UR] token included, the paper's baseline. The run goes through all its epochs and its last checkpoint counts;
 watch `above_minimum` (the loss's distance from -1) and `spread` (of the normalised projections) for a collapse, which
-`no_stop_gradient` and `no_predictor` show (Figure 6; without predictor the spread may stay, not `user_rank` and
-uniformity).
+`no_stop_gradient` and `no_predictor` show (Figure 6; without predictor the spread may stay).
 
     python -m seqrec_jax.main --config=configs/clue_pretrain.py
     python -m seqrec_jax.main --config=configs/clue_pretrain.py:ml1m --config.data.dir=DATA --workdir=PRETRAINED

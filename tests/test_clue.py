@@ -297,11 +297,11 @@ def test_both_ablations_collapse_where_the_method_does_not():
 
 
 def test_with_the_configured_encoder_the_loss_of_both_ablations_runs_to_its_minimum():
-    """Without stop-gradient the spread falls, too. Without predictor it need not (docs/results.md): the loss tells."""
+    """Without stop-gradient the spread falls, too; without predictor it need not (docs/results.md)."""
     distance, spread = trained()
     assert distance > 0.1 and spread > 0.8 / 8**0.5
     distance, spread = trained(clue__stop_gradient=False)
-    assert distance < 0.05 and spread < 0.5 / 8**0.5
+    assert distance < 0.05 and spread < 0.3 / 8**0.5
     distance, _ = trained(clue__predictor=False)
     assert distance < 0.05
 
