@@ -124,7 +124,7 @@ def get_config(argument: str = "") -> ConfigDict:
     clue.view = "dropout"
     clue.share = 0.2  # of a history that view mask, crop or permute changes; of the items that masked_items predicts
     clue.width = 64  # of the projections (not in the paper)
-    clue.bottleneck = 16  # width inside the predictor (SimSiam: a quarter of the projections')
+    clue.bottleneck = 1024  # width inside the predictor (not in the paper; SimSiam: a quarter of the projections')
     clue.stop_gradient = True  # False collapses: the paper's ablation
     clue.predictor = True  # False collapses: the paper's ablation
 
