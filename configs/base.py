@@ -114,6 +114,7 @@ def get_config(argument: str = "") -> ConfigDict:
     # Whether each history ends, every time it is read, at an item drawn anew, and not always at its last: what is asked
     # at the masked end is then the next item of any prefix, as where each is read (train.targets=prefix), for less
     s3rec.cut = True
+    s3rec.causal = False  # True: each item is read with those before it alone, as in finetuning; a GRU always does
     s3rec.form = "code"  # of the objectives: code (the published one) | paper (its equations)
     s3rec.negatives = 1  # items drawn for each masked one
     s3rec.segment_negatives = "training"  # training | published (of whole histories: held-out items leak in)

@@ -46,7 +46,7 @@ def user_encoder(config: ConfigDict) -> None:
     and no norm on the input give the history the largest share from the first step on (docs/results.md).
     """
     config.encoder.update(user_token=True, heads=4, activation="relu", norm="pre", input_norm=False, final_norm=True)
-    config.encoder.init_scale = 0.125
+    config.encoder.update(init_scale=0.125, embedding_dropout=0.2, hidden_dropout=0.2)  # at 0.5 nothing was learned
     config.train.batch_size = 64
 
 

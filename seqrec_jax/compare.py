@@ -128,7 +128,7 @@ def _spread(runs: Sequence[Run]) -> str:
         if len(seeds) > 1 and len(set(seeds)) == len(seeds):
             tests = [[results["test"].get(name, np.nan) for results in found] for name in columns]
             spread = [f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" for values in tests]
-            words = [", ".join(map(str, group)), found[0]["system"], ", ".join(map(str, seeds))]
+            words = [", ".join(map(str, group)), report.name_of(found[0]), ", ".join(map(str, seeds))]
             rows.append([*words, *spread])
     return _html(rows, "<caption>means over seeds ± standard deviation</caption>") if len(rows) > 1 else ""
 

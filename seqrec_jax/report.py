@@ -56,8 +56,10 @@ def table(results: dict) -> str:
 
 
 def name_of(results: dict) -> str:
-    """What a run is called: by its task, if it has one, else by its system."""
-    return results.get("task") or results["system"]
+    """What a run is called: by its task, if it has one, else by its system, and what that was pretrained by."""
+    parent = (results.get("parent") or {}).get("system")
+    after = f" after {parent}" if parent in PRETRAINING and parent != results["system"] else ""
+    return results.get("task") or results["system"] + after
 
 
 def columns_of(metrics: dict) -> list[str]:

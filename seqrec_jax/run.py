@@ -81,7 +81,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict:
     system = systems.build(config, dataset, mesh, tasks[0])
     params = checkpoint.restore_params(store, step, mesh)
     metrics = _metrics(config, dataset, system, params, mesh, tasks[0])
-    results = _header(config, dataset) | metrics | {"best_step": step}
+    results = _header(config, dataset) | metrics | {"best_step": step, "parent": meta.get("parent")}
     write_json(workdir / f"results_{config.eval.protocol}.json", results)
     print(report.table(results))
     return results

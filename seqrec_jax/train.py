@@ -168,7 +168,7 @@ def _begin(config, dataset, system, store, mesh) -> tuple[TrainState, Progress, 
         log.info("resuming at step %d", int(state.step))
         return state, progress, meta["parent"]
     if config.init_from:
-        params, parent = transfer(state.params, dataset.item_ids, config, mesh)
+        params, parent = transfer(state.params, dataset.item_ids, config, mesh, dataset.attribute_names)
         return state.replace(params=params), Progress(), parent
     return state, Progress(), {}
 
@@ -179,6 +179,7 @@ def identity(config: ConfigDict, dataset: SequenceDataset) -> dict:
         "config": config.to_dict(),
         "protocol": dataclasses.asdict(protocol_of(config)),
         "items": dataset.item_ids.tolist(),
+        "attributes": dataset.attribute_names.tolist(),
         "dataset_hash": dataset.hash,
     }
 

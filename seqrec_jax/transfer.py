@@ -11,21 +11,26 @@ from ml_collections import ConfigDict
 from seqrec_jax import checkpoint
 from seqrec_jax import config as configuration
 from seqrec_jax.errors import UserError
+from seqrec_jax.protocol import TASKS
 from seqrec_jax.validate import PRETRAINING
 
 # Settings of an encoder that the shapes of its parameters do not show, but that change what it makes of them.
 UNSEEN = ("heads", "activation", "norm", "scale_embedding", "positions")
+NONE = np.zeros(0, np.str_)
 log = logging.getLogger(__name__)
 
 
-def transfer(params: dict, item_ids: np.ndarray, config: ConfigDict, mesh: Mesh) -> tuple[dict, dict]:
+def transfer(
+    params: dict, item_ids: np.ndarray, config: ConfigDict, mesh: Mesh, attribute_names: np.ndarray = NONE
+) -> tuple[dict, dict]:
     """`params` with the values of the checkpoint config.init_from, and what to remember of it (JSON-ready).
 
     The groups of parameters ("items", "encoder" and what a system adds) are matched by name. A group that the
     checkpoint alone has is left out, one that it lacks stays fresh; the others must agree in every name and shape.
     Rows of the item table are matched by the items' own ids (`item_ids`), those of padding and mask token by what they
-    mean; new items stay fresh. Raises UserError for a checkpoint that is missing or damaged, that does not fit, or that
-    has no item in common with this data.
+    mean, rows of the attribute table by their names; new ones stay fresh. Raises UserError for a checkpoint that is
+    missing or damaged, that does not fit, that was trained on what is tested, or that has no item in common with this
+    data.
     """
     store, step, meta = find_parent(config.init_from)
     old = checkpoint.restore_params(store, step, mesh)
@@ -37,16 +42,24 @@ def transfer(params: dict, item_ids: np.ndarray, config: ConfigDict, mesh: Mesh)
         )
     if "items" not in old:
         raise UserError(f"{config.init_from}: it learned from users' vectors and has no encoder (config.init_from)")
+    if not meta["config"]["data"]["hold_out"] and config.system not in PRETRAINING and config.task not in TASKS:
+        raise UserError(
+            f"{config.init_from}: it was trained with data.hold_out=False, on the items that this run is tested on "
+            "(config.init_from): pretrain anew with --config.data.hold_out=true"
+        )
     _check_encoder(meta["config"]["encoder"], config)
     _check_shapes({name: params[name] for name in shared}, {name: old[name] for name in shared}, config.init_from)
     new_rows, old_rows = matching_rows(item_ids.tolist(), meta["items"])
     kept = len(new_rows) - 2
     if not kept:
         raise UserError(f"{config.init_from}: no item of this data set is in that checkpoint (config.init_from)")
-    move = jax.jit(lambda here, there, new, old: here.at[new].set(there[old]), out_shardings=params["items"].sharding)
-    items = move(params["items"], old["items"], new_rows, old_rows)
+    moved = {"items": _move(params["items"], old["items"], new_rows, old_rows)}
+    if "attributes" in shared:
+        rows = _same(attribute_names.tolist(), meta["attributes"])
+        moved["attributes"] = _move(params["attributes"], old["attributes"], *rows)
     report = {
         "from": config.init_from,
+        "system": meta["config"]["system"],
         "step": step,
         "config_hash": configuration.config_hash(ConfigDict(meta["config"])),
         "data_hash": meta["dataset_hash"],
@@ -60,15 +73,28 @@ def transfer(params: dict, item_ids: np.ndarray, config: ConfigDict, mesh: Mesh)
     counts = ", ".join(f"{report[f'items_{what}']:,} {what}" for what in ("kept", "new", "dropped"))
     groups = [f"{what.replace('_', ' ')}: {', '.join(report[what])}" for what in ("left_out", "fresh") if report[what]]
     log.info("parameters from %s, step %d: %s", report["from"], report["step"], "; ".join([f"items {counts}", *groups]))
-    return params | {name: old[name] for name in shared} | {"items": items}, report
+    return params | {name: old[name] for name in shared} | moved, report
 
 
 def matching_rows(item_ids: list[str], old_ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """(new_rows, old_rows) of the item tables that mean the same: padding, the items both have, the mask token."""
-    row_of = {item: row for row, item in enumerate(old_ids, 1)}
-    pairs = [(row, row_of[item]) for row, item in enumerate(item_ids, 1) if item in row_of]
-    new_rows, old_rows = np.array([(0, 0), *pairs, (len(item_ids) + 1, len(old_ids) + 1)], np.int32).T
+    new_rows, old_rows = _same(item_ids, old_ids)
+    padding, mask = (0, 0), (len(item_ids) + 1, len(old_ids) + 1)
+    new_rows, old_rows = np.column_stack([padding, (new_rows + 1, old_rows + 1), mask]).astype(np.int32)
     return new_rows, old_rows
+
+
+def _same(names: list[str], old_names: list[str]) -> np.ndarray:
+    """[2, common]: where each name that both lists hold stands in the one and in the other."""
+    place_of = {name: place for place, name in enumerate(old_names)}
+    pairs = [(place, place_of[name]) for place, name in enumerate(names) if name in place_of]
+    return np.array(pairs, np.int32).reshape(-1, 2).T
+
+
+def _move(here: jax.Array, there: jax.Array, new_rows: np.ndarray, old_rows: np.ndarray) -> jax.Array:
+    """`here` with rows of `there`, spread over the devices as before."""
+    move = jax.jit(lambda here, there, new, old: here.at[new].set(there[old]), out_shardings=here.sharding)
+    return move(here, there, new_rows, old_rows)
 
 
 def find_parent(init_from: str) -> tuple[checkpoint.Store, int, dict]:
@@ -103,7 +129,7 @@ def _check_encoder(old: dict, config: ConfigDict) -> None:
 
 
 def _check_shapes(params: dict, old: dict, init_from: str) -> None:
-    """Raises UserError with a table of the names and shapes that differ; the number of items may differ."""
+    """Raises UserError with a table of the names and shapes that differ; the numbers of items and attributes may."""
     here, there = _shapes(params), _shapes(old)
     differs = [name for name in here | there if here.get(name) != there.get(name)]
     if differs:
@@ -121,6 +147,6 @@ def _shapes(params: dict) -> dict[str, str]:
     shapes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        shape = ("any", *leaf.shape[1:]) if name == "items" else leaf.shape
+        shape = ("any", *leaf.shape[1:]) if name in ("items", "attributes") else leaf.shape
         shapes[name] = f"({', '.join(map(str, shape))})"
     return shapes

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqrec_jax.config import load
-from seqrec_jax.data import attributes, sources
+from seqrec_jax.data import attributes, sources, tables
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.prepare import prepare, print_report
 from seqrec_jax.data.synthetic import synthetic_table
@@ -71,11 +71,23 @@ def test_every_form_gives_the_same_sets(tmp_path, capsys, name, content, changes
     assert sets_of(dataset) == EXPECTED
     assert dataset.report["attributes"] == {
         "attributes": 3, "mean": 5 / 4, "most": 2, "items_without": 1, "unknown_items": 1, "repeats": 1,
+        "rejected": {},
     }  # fmt: skip
     print_report(dataset.report)
-    assert (
-        "3, 1.25 an item (at most 2), 1 items without; left out: 1 unknown items, 1 repeats" in capsys.readouterr().out
-    )
+    line = "3, 1.25 an item (at most 2), 1 items without; left out: 1 unknown items, 1 repeats, 0 bad rows"
+    assert line in capsys.readouterr().out
+
+
+def test_bad_rows_that_are_dropped_are_counted(tmp_path):
+    content = "item_id,tags\na,x\nb,y,z\n,x\n-3,x\nc,y\n"
+    dataset = made(tmp_path, "a.csv", content, attribute_columns="tags", on_bad_row="drop")
+    assert sets_of(dataset) == {"a": {"x"}, "b": set(), "c": {"y"}, "d": set()}
+    rejected = dataset.report["attributes"]["rejected"]
+    assert {reason: (found["count"], found["first"].split(":")[1]) for reason, found in rejected.items()} == {
+        "wrong number of fields (expected 2)": (1, "3"), "empty item_id": (1, "4"),
+        "item_id is a negative number": (1, "5"),
+    }  # fmt: skip
+    assert attributes.report_line(dataset.report["attributes"]).endswith("3 bad rows")
 
 
 def test_recbole_reads_token_sequences_and_names_their_column(tmp_path):
@@ -102,9 +114,9 @@ def test_against_plain_python(rows):
     )
     if not any(expected.values()):
         with pytest.raises(UserError):
-            attributes.with_attributes(dataset, frame, "file")
+            attributes.with_attributes(dataset, tables.Table(frame, len(frame)), "file")
         return
-    assert sets_of(attributes.with_attributes(dataset, frame, "file")) == expected
+    assert sets_of(attributes.with_attributes(dataset, tables.Table(frame, len(frame)), "file")) == expected
 
 
 def test_the_cache_holds_them_and_the_hash_knows_them(tmp_path, monkeypatch):
@@ -145,6 +157,9 @@ def test_the_embedded_data_has_its_clusters(tmp_path):
         ("a.json", '{"a": [1.5]}', {}, "item a: expected a list"),
         ("a.json", '{"a": [1], "c": [true]}', {}, "item c: expected a list"),
         ("a.json", '{"a": [3, -2]}', {}, "item a has the attribute -2, a negative number"),
+        ("a.json", '{"a": [3], "-4": [1]}', {}, "'-4' is no item: it is negative"),
+        ("a.json", '{"a": [3], " ": [1]}', {}, "' ' is no item: it is empty"),
+        ("a.csv", "item_id,x,y\na,1,2\nq,1,-2\n", {"attribute_columns": "x,y"}, "item q has the attribute y=-2"),
         ("a.json", '{"A": [1]}', {}, r"none of its items \(\['A'\] ...\) is in the data"),
         ("a.json", '{"a": []}', {}, "no item of the data has an attribute"),
         ("a.json", "", {}, "is empty"),

@@ -240,7 +240,7 @@ def test_negatives_are_training_items_that_the_user_has_not_met():
 
 
 def case_of(dataset, **changes):
-    values = TINY | {f"s3rec.{key}": value for key, value in changes.items()}
+    values = TINY | {key if "." in key else f"s3rec.{key}": value for key, value in changes.items()}
     config = load(PRETRAIN, [(key, str(value)) for key, value in values.items()])
     return config, systems.build(config, dataset, MESH)
 
@@ -330,7 +330,9 @@ def test_views_are_encoded_like_histories_of_their_own():
     params, encoder = jax.tree.map(lambda x: 5 * x, system.init(jax.random.key(0))), FrozenConfigDict(config.encoder)
     batch, alone = batch_of(dataset), batch_of(dataset, packed=False)
     encode = jax.jit(lambda batch: transformer.encode(params, batch, encoder, None, STILL, causal=False))
-    encode_views = jax.jit(lambda views: s3rec.encode_views(params, batch, views, encoder, None, STILL, MESH))
+    encode_views = jax.jit(
+        lambda views: s3rec.encode_views(params, batch, views, encoder, None, STILL, MESH, causal=False)
+    )
     reverse = {
         "forth": lambda items: items,
         "back": lambda items: jnp.where(items > 0, len(dataset.item_ids) + 1 - items, 0),
@@ -343,6 +345,89 @@ def test_views_are_encoded_like_histories_of_their_own():
         found = lines_of(hidden[name].reshape(*batch.items_RxL.shape, -1), batch)
         for user, states in expected.items():
             np.testing.assert_allclose(found[user], states, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["code", "paper"])
+def test_each_objective_reads_its_own_view(form):
+    """The sums again, cell by cell, from views whose states are all different."""
+    dataset = random_dataset()
+    config, system = case_of(dataset, form=form)
+    params, batch = jax.tree.map(lambda x: 20 * x, system.init(jax.random.key(0))), batch_of(dataset)
+    generator, cells = np.random.default_rng(0), batch.items_RxL.size
+    hidden = {name: generator.normal(size=(cells, 8)) for name in ("cloze", "context", "segment", "corrupted")}
+    items_N, masked_N = np.asarray(batch.items_RxL).reshape(-1), generator.random(cells) < 0.4
+    whole_U, key = generator.random(len(batch.users_U)) < 0.7, jax.random.key(3)
+    arguments = (key, params, jax.tree.map(jnp.float32, hidden), batch, jnp.asarray(masked_N), jnp.asarray(whole_U))
+    found = s3rec.objectives(*arguments, system.data, s3rec.OBJECTIVES, config.s3rec, MESH)
+    table_VxD, names_AxD = np.asarray(params["items"], np.float64), np.asarray(params["attributes"], np.float64)
+    maps = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["maps"])
+    mapped = lambda name, x: x @ maps[name]["kernel"] + maps[name].get("bias", 0)  # noqa: E731
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    pair = (lambda p, n: -np.log(sigmoid(p - n))) if form == "code" else (lambda p, n: np.log(np.exp(n)) - p)
+    offsets = dataset.attribute_offsets_V1
+    sets = [set(), *(set(dataset.attributes_N[a:b] - 1) for a, b in zip(offsets, offsets[1:], strict=False))]
+
+    def attributes(name, states_NxD, counts_N):
+        total = 0.0
+        for cell in np.flatnonzero(counts_N):
+            own, logit_A = sets[items_N[cell]], names_AxD @ mapped(name, states_NxD[cell])
+            if not own:
+                continue
+            others = [a for a in range(len(logit_A)) if a not in own]
+            if form == "code":
+                total -= sum(np.log(sigmoid(logit_A[list(own)]))) + sum(np.log(sigmoid(-logit_A[others])))
+            else:
+                normaliser = np.log(np.exp(sigmoid(logit_A[others])).sum())
+                total += normaliser - sigmoid(logit_A[list(own)]).mean()
+        return total
+
+    real_N = items_N > 0
+    aap = hidden["cloze"] if form == "code" else table_VxD[items_N]
+    wanted = {"aap": attributes("aap", aap, real_N & ~masked_N if form == "code" else real_N)}
+    wanted["map"] = attributes("map", hidden["cloze"], real_N & masked_N)
+    negatives_N = np.asarray(s3rec.draw_negatives(key, batch, system.data["negatives"], 1))[:, 0]
+    wanted["mip"] = wanted["sp"] = 0.0
+    for cell in np.flatnonzero(real_N & masked_N & (negatives_N > 0)):
+        state_D = mapped("mip", hidden["cloze"][cell])
+        wanted["mip"] += pair(*(sigmoid(table_VxD[item[cell]] @ state_D) for item in (items_N, negatives_N)))
+    for user in np.flatnonzero(whole_U & (np.asarray(batch.users_U) >= 0)):
+        last = int(batch.last_U[user])
+        state_D = mapped("sp", hidden["context"][last])
+        wanted["sp"] += pair(*(sigmoid(hidden[name][last] @ state_D) for name in ("segment", "corrupted")))
+    assert config.s3rec.negatives == 1 and found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert float(found[name]) == pytest.approx(value, rel=1e-4), name
+
+
+@pytest.mark.parametrize("changes", [{"encoder.kind": "gru"}, {"causal": True}], ids=["gru", "causal"])
+def test_encoders_that_read_leftwards_pretrain_as_well(changes):
+    """The loss falls, every objective teaches, and what stands behind a place does not change its state."""
+    dataset = random_dataset()
+    config, system = case_of(dataset, **changes)
+    params, batch = system.init(jax.random.key(0)), batch_of(dataset)
+    hparams = jax.tree.map(jnp.float32, hparams_of(config)) | STILL
+    data, optimizer = replicate(MESH, system.data), optax.adam(0.01)
+    loss = lambda params, key: system.loss(params, {}, batch, key, hparams, data)  # noqa: E731
+
+    @jax.jit
+    def step(params, state, key):
+        (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(params, key)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state, value, gradient
+
+    state, values = optimizer.init(params), []
+    for number in range(60):
+        key = jax.random.fold_in(jax.random.key(1), number)
+        params, state, value, gradient = step(params, state, key)
+        values.append(float(value))
+    assert np.mean(values[-10:]) < 0.95 * np.mean(values[:10])
+    assert all(leaf.any() for leaf in jax.tree.leaves(gradient["maps"] | gradient["encoder"]))
+    encoder, causal = FrozenConfigDict(config.encoder), s3rec.is_causal(config.encoder, config.s3rec)
+    views = {"plain": batch.items_RxL, "changed": jnp.where(batch.positions_RxL == WIDTH - 1, 1, batch.items_RxL)}
+    hidden = s3rec.encode_views(params, batch, views, encoder, None, STILL, MESH, causal)
+    before_N = np.asarray((batch.items_RxL > 0) & (batch.positions_RxL < WIDTH - 1)).reshape(-1)
+    np.testing.assert_array_equal(hidden["plain"][before_N], hidden["changed"][before_N])
+    assert np.abs(hidden["plain"] - hidden["changed"]).max() > 0.01
 
 
 def test_only_what_is_used_is_made():

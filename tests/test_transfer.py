@@ -159,6 +159,31 @@ def test_a_mask_token_keeps_its_meaning_among_more_items(parent, make):
     assert (told["items_kept"], told["items_new"], told["items_dropped"]) == (20, 20, 0)
 
 
+def test_rows_of_the_attribute_table_are_matched_by_name(child, make, tmp_path):
+    """There: red, green, blue; here blue, white, red."""
+    config, dataset, _ = make(0, init_from=tmp_path)
+    state, store = child[0], checkpoint.open_store(tmp_path, create=True)
+    old = state.params | {"attributes": jnp.arange(24.0).reshape(3, 8)}
+    meta = identity(config, dataset) | {"best_step": 0, "attributes": ["red", "green", "blue"]}
+    checkpoint.save(store, state.replace(params=old), meta)
+    fresh = state.params | {"attributes": jnp.full((3, 8), -1.0)}
+    names = np.array(["blue", "white", "red"])
+    params, _ = transfer(fresh, dataset.item_ids, config, make_mesh(1, 1), names)
+    assert params["attributes"][:, 0].tolist() == [16.0, -1.0, 0.0]
+
+
+def test_what_was_trained_on_the_test_items_is_refused(child, make, tmp_path):
+    config, dataset, _ = make(0, init_from=tmp_path)
+    store, meta = checkpoint.open_store(tmp_path, create=True), identity(config, dataset) | {"best_step": 0}
+    meta["config"]["data"]["hold_out"] = False
+    checkpoint.save(store, child[0], meta)
+    with pytest.raises(UserError, match="trained with data.hold_out=False.*--config.data.hold_out=true"):
+        transfer(child[0].params, dataset.item_ids, config, make_mesh(1, 1))
+    with config.unlocked():
+        config.system, config.task = "downstream", "profile"  # labels are no items
+    transfer(child[0].params, dataset.item_ids, config, make_mesh(1, 1))
+
+
 def test_groups_of_one_side_alone_are_left_out_or_fresh_and_told(parent, child, make, caplog):
     (state, dataset), config = child, make(2, init_from=parent)[0]
     head = {"kernel": jnp.full((8, 3), 7.0)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,8 @@ def attributes_path(config_data) -> Path | None:
     return path
 
 
-def read_attributes(path: Path | None, config_data) -> pl.DataFrame:
-    """Columns `item` (str) and `attributes` (list of str), a row for each row of the file.
+def read_attributes(path: Path | None, config_data) -> tables.Table:
+    """Columns `item` (str) and `attributes` (list of str), a row for each row of the file, and what was left out.
 
     None: the clusters of the embedded data. JSON: one object {item: [attribute, ...]}. RecBole .item: the token_seq
     columns; MovieLens .dat: the genres; CSV, TSV and Parquet: data.attribute_columns, lists or text split at
@@ -53,12 +54,13 @@ def read_attributes(path: Path | None, config_data) -> pl.DataFrame:
     if path is None:
         cluster_V = synthetic_clusters(config_data.synthetic_items, config_data.synthetic_seed)
         frame = pl.DataFrame({"item": np.arange(1, len(cluster_V) + 1), "cluster": cluster_V}).cast(pl.String)
-        return frame.select("item", attributes=pl.concat_list("cluster"))
+        return tables.Table(frame.select("item", attributes=pl.concat_list("cluster")), len(frame))
     form = FORMATS.get(Path(path.name.lower().removesuffix(".gz")).suffix)
     if form is None:
         raise UserError(f"the name of {path} does not tell its format; attributes are read from {', '.join(FORMATS)}")
     if form == "json":
-        return _json(path)
+        frame = _json(path)
+        return tables.Table(_not_negative(frame, str(path)), len(frame))
     item, names, columns = config_data.item_column, (), config_data.attribute_columns
     if form == "movielens":
         item, names, columns = MOVIES[0], MOVIES, columns or MOVIES[2:]
@@ -67,7 +69,7 @@ def read_attributes(path: Path | None, config_data) -> pl.DataFrame:
     if not columns:
         raise UserError(f"{path}: which columns hold the attributes? Set --config.data.attribute_columns=NAME,...")
     kinds = {item: "id"} | dict.fromkeys(columns, "list")
-    frame = tables.read_table(path, form, kinds, config_data.on_bad_row, names).frame
+    table = tables.read_table(path, form, kinds, config_data.on_bad_row, names)
     separator = " " if form == "recbole" else config_data.attribute_separator
 
     def entries(column):
@@ -78,14 +80,16 @@ def read_attributes(path: Path | None, config_data) -> pl.DataFrame:
         found = found.list.eval(pl.element().filter(pl.element() != ""))
         return found.list.eval(pl.lit(f"{column}=") + pl.element()) if len(columns) > 1 else found
 
-    return frame.select(item=pl.col(item), attributes=pl.concat_list(*(entries(column) for column in columns)))
+    frame = table.frame.select(item=pl.col(item), attributes=pl.concat_list(*(entries(column) for column in columns)))
+    return dataclasses.replace(table, frame=_not_negative(frame, str(path), columns if len(columns) > 1 else ()))
 
 
-def with_attributes(dataset: SequenceDataset, read: pl.DataFrame, source: str) -> SequenceDataset:
-    """`dataset` with the sets of `read` and an entry in its report. Names are numbered in their sorted order.
+def with_attributes(dataset: SequenceDataset, table: tables.Table, source: str) -> SequenceDataset:
+    """`dataset` with the sets of `table` and an entry in its report. Names are numbered in their sorted order.
 
-    Raises UserError where no item of `read` is in the catalogue, none has an attribute, or one is a negative number.
+    Raises UserError where no item of `table` is in the catalogue, or none has an attribute.
     """
+    read = table.frame
     catalogue = pl.DataFrame({"item": dataset.item_ids.tolist()}).with_row_index("row")
     known = read.join(catalogue, on="item")
     if known.is_empty():
@@ -96,10 +100,6 @@ def with_attributes(dataset: SequenceDataset, read: pl.DataFrame, source: str) -
     pairs = known.explode("attributes").drop_nulls("attributes")
     if pairs.is_empty():
         raise UserError(f"{source}: no item of the data has an attribute in it")
-    negative = pairs.filter(pl.col("attributes").str.contains("^-[0-9]"))
-    if len(negative):
-        item, attribute = negative.select("item", "attributes").row(0)
-        raise UserError(f"{source}: item {item} has the attribute {attribute}, a negative number")
     sets = pairs.select("row", "attributes").unique()
     names, code_N = np.unique(np.array(sets["attributes"].to_list(), np.str_), return_inverse=True)
     row_N = sets["row"].to_numpy()
@@ -111,6 +111,7 @@ def with_attributes(dataset: SequenceDataset, read: pl.DataFrame, source: str) -
         "items_without": int((count_V == 0).sum()),
         "unknown_items": read["item"].n_unique() - known["item"].n_unique(),
         "repeats": len(pairs) - len(sets),
+        "rejected": {r.reason: {"count": r.count, "first": f"{source}:{r.line}: {r.text}"} for r in table.rejections},
     }
     return dataclasses.replace(
         dataset,
@@ -125,8 +126,19 @@ def report_line(known: dict) -> str:
     """The report's entry for people."""
     return (
         f"{known['attributes']:,}, {known['mean']:.2f} an item (at most {known['most']}), {known['items_without']:,} "
-        f"items without; left out: {known['unknown_items']:,} unknown items, {known['repeats']:,} repeats"
+        f"items without; left out: {known['unknown_items']:,} unknown items, {known['repeats']:,} repeats, "
+        f"{sum(found['count'] for found in known['rejected'].values()):,} bad rows"
     )
+
+
+def _not_negative(frame: pl.DataFrame, source: str, columns: tuple[str, ...] = ()) -> pl.DataFrame:
+    """`frame`, where no attribute is a negative number behind its column's name, if it has one; else a UserError."""
+    prefix = f"({'|'.join(map(re.escape, columns))})=" if columns else ""
+    named = frame.explode("attributes").filter(pl.col("attributes").str.contains(f"^{prefix}-[0-9]"))
+    if len(named):
+        item, attribute = named.row(0)
+        raise UserError(f"{source}: item {item} has the attribute {attribute}, a negative number")
+    return frame
 
 
 def _json(path: Path) -> pl.DataFrame:
@@ -137,6 +149,8 @@ def _json(path: Path) -> pl.DataFrame:
     if not isinstance(found, dict) or not found:
         raise UserError(f'{path} holds no items: one JSON object {{"item": [attribute, ...], ...}} was expected')
     for item, attributes in found.items():
+        if not item.strip() or re.fullmatch("-[0-9]+", item.strip()):
+            raise UserError(f"{path}: {item!r} is no item: it is {'negative' if item.strip() else 'empty'}")
         if not isinstance(attributes, list) or not all(type(a) in (int, str) and a != "" for a in attributes):
             raise UserError(f"{path}: item {item}: expected a list of whole numbers or names, found {attributes!r:.80}")
     lists = [[str(attribute) for attribute in attributes] for attributes in found.values()]

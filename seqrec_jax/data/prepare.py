@@ -16,7 +16,7 @@ from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.files import read_bytes
 from seqrec_jax.errors import UserError, unknown
 
-_VERSION = 2  # of the prepared files: a change of their meaning or of a rule below makes old caches unused
+_VERSION = 3  # of the prepared files: a change of their meaning or of a rule below makes old caches unused
 _SETTINGS = (
     "user_column",
     "item_column",
@@ -61,8 +61,8 @@ def prepare(config_data, cache_dir: Path) -> SequenceDataset:
         table = table or sources.read(config_data)
         dataset = build(table, config_data.repeats, config_data.min_user, config_data.min_item, source, form, name)
         if config_data.attributes:
-            read = attributes.read_attributes(extra, config_data)
-            dataset = attributes.with_attributes(dataset, read, str(extra))
+            table = attributes.read_attributes(extra, config_data)
+            dataset = attributes.with_attributes(dataset, table, str(extra))
         _store(dataset, cache_dir / name)
     return dataclasses.replace(dataset, train_fraction=config_data.train_fraction, hold_out=config_data.hold_out)
 

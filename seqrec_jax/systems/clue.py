@@ -46,6 +46,7 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
         view_a, view_b = two_views(key_views, batch, data["items_A"], clue.view, hparams, mask_item, encoder.positions)
         users_2xUxD = jnp.stack([states(params, view_a, key_a, hparams), states(params, view_b, key_b, hparams)])
         valid_U = batch.users_U >= 0
+        valid_U &= valid_U.sum() > 1  # a user alone in a last, short step has nobody to be normalised with
         z_2xUxD, projector = bootstrap.project(users_2xUxD, valid_U, params["projector"], state["projector"])
         p_2xUxD, predictor = bootstrap.predict(z_2xUxD, valid_U, params["predictor"], state["predictor"])
         value = bootstrap.symmetrised_loss(

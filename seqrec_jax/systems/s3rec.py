@@ -36,20 +36,20 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
     Raises UserError where an objective lacks attributes or segments.
     """
     encoder, s3rec, mask_item = FrozenConfigDict(config.encoder), config.s3rec, len(dataset.item_ids) + 1
-    used = tuple(name for name in OBJECTIVES if s3rec[name] > 0)
+    used, causal = tuple(name for name in OBJECTIVES if s3rec[name] > 0), is_causal(encoder, s3rec)
 
     def loss(params, state, batch, key, hparams, data):
         key_views, key_encode, key_negatives = jax.random.split(key, 3)
         if s3rec.cut:
             batch = cloze.cut(jax.random.fold_in(key, 3), batch, encoder.positions)
         views, masked_N, whole_U = views_of(key_views, batch, data, hparams, used, s3rec, mask_item)
-        hidden = encode_views(params, batch, views, encoder, key_encode, hparams, mesh)
+        hidden = encode_views(params, batch, views, encoder, key_encode, hparams, mesh, causal)
         terms = objectives(key_negatives, params, hidden, batch, masked_N, whole_U, data, used, s3rec, mesh)
         return sum(hparams[name] * term for name, term in terms.items()), (state, terms)
 
     def states(params, batch, key=None, hparams=NO_DROPOUT):
         asked = cloze.ask_next(batch, mask_item, encoder.positions)
-        last_UxD = encoders.encode(params, asked, encoder, key, hparams, causal=causal(encoder), last_only=True)
+        last_UxD = encoders.encode(params, asked, encoder, key, hparams, causal=causal, last_only=True)
         return mim.project(last_UxD, params["maps"]["mip"])
 
     # The state of a mask is much the same behind every history until late; without a map that trains it may stay so.
@@ -76,13 +76,13 @@ def init(key: jax.Array, config: ConfigDict, dataset: SequenceDataset) -> dict:
     names = dataset.attribute_names
     table = {"attributes": normal(key_attributes, (len(names), dim))} if len(names) else {}
     encoder = FrozenConfigDict(config.encoder)
-    shared = encoders.init(key_encoder, encoder, len(dataset.item_ids), causal=causal(encoder))
+    shared = encoders.init(key_encoder, encoder, len(dataset.item_ids), causal=is_causal(encoder, config.s3rec))
     return shared | {"maps": maps} | table
 
 
-def causal(encoder: FrozenConfigDict) -> bool:
-    """Pretraining reads both ways where the encoder can; a GRU cannot."""
-    return encoder.kind == "gru"
+def is_causal(encoder: FrozenConfigDict, s3rec: ConfigDict) -> bool:
+    """Pretraining reads both ways unless told otherwise (`s3rec.causal`); a GRU cannot."""
+    return s3rec.causal or encoder.kind == "gru"
 
 
 def views_of(key, batch, data, hparams, used, s3rec, mask_item):
@@ -103,7 +103,7 @@ def views_of(key, batch, data, hparams, used, s3rec, mask_item):
     return views, masked_RxL.reshape(-1), whole_U
 
 
-def encode_views(params, batch, views, encoder, key, hparams, mesh):
+def encode_views(params, batch, views, encoder, key, hparams, mesh, causal):
     """{view: states [R * L, D]}, from one pass in which the views of a row are neighbours."""
     if not views:
         return {}
@@ -113,7 +113,7 @@ def encode_views(params, batch, views, encoder, key, hparams, mesh):
         segments_RxL=beside(batch.segments_RxL),
         positions_RxL=beside(batch.positions_RxL),
     )
-    hidden = encoders.encode(params, split_rows(mesh, many), encoder, key, hparams, causal=causal(encoder))
+    hidden = encoders.encode(params, split_rows(mesh, many), encoder, key, hparams, causal=causal)
     hidden_RxVxLxD = hidden.reshape(-1, len(views), encoder.max_length, encoder.dim)
     return {name: hidden_RxVxLxD[:, view].reshape(-1, encoder.dim) for view, name in enumerate(views)}
 
