@@ -7,10 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from benchmarks.machine import timed
-from seqrec_jax import systems
+from seqrec_jax import encoders, systems
 from seqrec_jax.data.batches import batch_of, epoch_key, plan_epoch
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.encoders import transformer
@@ -65,6 +65,24 @@ def loss(targets_N: np.ndarray, dim: int, num_items: int, repeats: int = REPEATS
     items_VxD = 0.02 * jax.random.normal(key_items, (transformer.table_rows(num_items), dim))
     gradients = jax.jit(jax.value_and_grad(lambda h, e: full_softmax(h, targets_N, e, num_items, mesh), (0, 1)))
     return lambda: timed(lambda: gradients(hidden_NxD, items_VxD), repeats)
+
+
+def user_views(config: ConfigDict, dataset: SequenceDataset) -> tuple[Callable[[], float], Callable[[], float]]:
+    """(CLUE's loss of a batch, two views, projector and predictor included; one causal pass of it), with gradients."""
+    mesh, hparams, encoder = make_mesh(1, 1), hparams_of(config), FrozenConfigDict(config.encoder)
+    system, (layout, _) = systems.build(config, dataset, mesh), train_layout(config, dataset, mesh)
+    params, data = jax.jit(system.init)(jax.random.key(0)), replicate(mesh, system.data)
+    batch = jax.jit(batch_of)(data["items_A"], layout, jax.jit(plan_epoch)(layout, None), 0)
+
+    def two_views(params, key):
+        return system.loss(params, system.state, batch, key, hparams, data)[0]
+
+    def causal_pass(params, key):
+        return (encoders.encode(params, batch, encoder, key, hparams, causal=True) ** 2).mean()
+
+    key, reads = jax.random.key(0), {name: params[name] for name in ("items", "encoder")}
+    views, once = jax.jit(jax.value_and_grad(two_views)), jax.jit(jax.value_and_grad(causal_pass))
+    return lambda: timed(lambda: views(params, key), REPEATS), lambda: timed(lambda: once(reads, key), REPEATS)
 
 
 def two_views(config: ConfigDict, dataset: SequenceDataset) -> Callable[[], float]:

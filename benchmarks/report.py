@@ -19,6 +19,7 @@ RATIOS = {  # a row: (the row it is compared with, the name in bench.json)
     "s3rec.torch_sequence_us": ("s3rec.ours_sequence_us", "sequence_ratio"),
     "s3rec.torch_masked_item_us": ("s3rec.ours_masked_item_us", "masked_item_ratio"),
     "s3rec.torch_epoch_s": ("s3rec.ours_epoch_s", "epoch_ratio"),
+    "clue.two_views_ms": ("clue.causal_pass_ms", "causal_pass_ratio"),
     "evaluate.torch_ms": ("evaluate.ours_ms", "torch_ratio"),
 }
 RATES = (  # section, time of a unit, its name in bench.json

@@ -1,7 +1,7 @@
 """make bench, or python -m benchmarks.run [--data=FILE] [--out=bench.json] [--smoke]
 
 Training, evaluation and start-up of SASRec (d 64, 2 layers, float32) on data of Beauty's size, DuoRec's step and
-S3-Rec's pretraining (637 made-up attributes), beside plain PyTorch.
+S3-Rec's pretraining (637 made-up attributes), beside plain PyTorch; CLUE's two views beside one causal pass.
 In every round each figure is measured once, one after the other, so that a slow minute meets all of them. PyTorch
 works in a child process with as many threads as there are usable cores and its own defaults otherwise; after each
 measurement all wait until the threads of the last one sleep. Medians and minima over the rounds. Ratios are refused if
@@ -26,7 +26,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import data, flops, machine, ours, report
-from configs import cl4srec, duorec, s3rec_pretrain, sasrec
+from configs import cl4srec, clue_pretrain, duorec, s3rec_pretrain, sasrec
 from seqrec_jax.data.batches import make_layout, train_examples
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.prepare import prepare
@@ -81,7 +81,7 @@ def measure(sizes: Sizes, path: str, folder: Path) -> dict:
         raise UserError("PyTorch is not installed: pip install -r benchmarks/requirements.txt") from error
     if jax.default_backend() != "cpu":
         raise UserError("the peers run on the CPU, so ours must too: set JAX_PLATFORMS=cpu")
-    sources = {"sasrec": sasrec, "cl4srec": cl4srec, "duorec": duorec, "s3rec": s3rec_pretrain}
+    sources = {"sasrec": sasrec, "cl4srec": cl4srec, "duorec": duorec, "s3rec": s3rec_pretrain, "clue": clue_pretrain}
     configs = {name: config_of(source, sizes, path or folder / "made_up.txt") for name, source in sources.items()}
     plain = configs["sasrec"]
     if not path:
@@ -177,6 +177,7 @@ def units(configs, dataset, batches, steps, ask) -> tuple[dict[str, Callable[[],
     plain, contrastive = configs["sasrec"], configs["cl4srec"]
     train = ours.training(plain, dataset, steps)
     targets = batches["packed"][0]["targets"]
+    two_views, causal_pass = ours.user_views(configs["clue"], dataset)
     work = {
         "gemm.ours_ms": machine.gemm(),
         "train_step.ours_ms": train.seconds,
@@ -192,6 +193,8 @@ def units(configs, dataset, batches, steps, ask) -> tuple[dict[str, Callable[[],
         "duorec.torch_ms": lambda: ask("duorec"),
         "s3rec.ours_ms": ours.training(configs["s3rec"], dataset, steps).seconds,
         "s3rec.torch_ms": lambda: ask("s3rec"),
+        "clue.causal_pass_ms": causal_pass,
+        "clue.two_views_ms": two_views,
         "evaluate.ours_ms": ours.evaluation(plain, dataset),
         "evaluate.torch_ms": lambda: ask("evaluate"),
     }

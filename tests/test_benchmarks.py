@@ -298,7 +298,7 @@ def test_the_smoke_run_writes_every_section(tmp_path):
     assert main(["--smoke", f"--out={tmp_path / 'bench.json'}"]) == 0
     sections = set(json.loads((tmp_path / "bench.json").read_text()))
     assert sections >= {"machine", "train_step", "loss", "contrastive_step", "augmentation", "evaluate", "startup",
-                        "memory", "prefix", "duorec", "s3rec"}  # fmt: skip
+                        "memory", "prefix", "duorec", "s3rec", "clue"}  # fmt: skip
 
 
 @pytest.mark.slow
