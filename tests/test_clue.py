@@ -266,6 +266,18 @@ def test_momentum_is_that_of_sgd():
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
+def test_a_user_alone_in_a_step_teaches_nothing():
+    """The last step of an epoch may hold one user, whom batch normalisation would make a constant of."""
+    config, dataset = config_of(), dataset_of([[1, 2, 3, 4, 5], [6, 7, 8, 9, 1]])
+    system, batch = systems.build(config, dataset, MESH), batch_of(dataset, batch_size=1)
+    assert int((batch.users_U >= 0).sum()) == 1
+    hparams = jax.tree.map(jnp.float32, hparams_of(config))
+    data = replicate(MESH, system.data)
+    loss = lambda params: system.loss(params, system.state, batch, jax.random.key(1), hparams, data)[0]  # noqa: E731
+    value, gradient = jax.jit(jax.value_and_grad(loss))(system.init(jax.random.key(0)))
+    assert value == 0 and not any(leaf.any() for leaf in jax.tree.leaves(gradient))
+
+
 # Collapse -------------------------------------------------------------------------------------------------------------
 
 
