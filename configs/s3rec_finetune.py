@@ -5,8 +5,8 @@ has to name the pretraining run, whose last checkpoint it takes, else the run en
 trains from scratch. Encoder and data set have to be those of the pretraining run.
 
 The published figures, HR@10 / NDCG@10: with 99 negatives (protocol C) Beauty 0.5506 / 0.3732, LastFM 0.5835 / 0.3583;
-all items, history hidden (A) Beauty 0.0647 / 0.0327, LastFM 0.0743 / 0.0427. Here, seed 0 after 449 epochs of
-pretraining, Beauty has 0.5523 / 0.3680 (C) and 0.0611 / 0.0313 (A), LastFM after 100 epochs 0.6092 / 0.3588 (C, three
+all items, history hidden (A) Beauty 0.0647 / 0.0327, LastFM 0.0743 / 0.0427. Here, seed 0 after 450 epochs of
+pretraining, Beauty has 0.5553 / 0.3642 (C) and 0.0616 / 0.0305 (A), LastFM after 100 epochs 0.6092 / 0.3588 (C, three
 seeds): docs/results.md.
 
     python -m seqrec_jax.main --config=configs/s3rec_finetune.py:beauty --config.data.dir=DATA \

@@ -300,6 +300,7 @@ def trained(**settings):
     return float(sums["above_minimum"]) / 10, float(sums["spread"]) / 10
 
 
+@pytest.mark.slow
 def test_both_ablations_collapse_where_the_method_does_not():
     """Figure 6: without stop-gradient, or without predictor, all users are projected to one place."""
     post = {"encoder__norm": "post", "encoder__input_norm": True, "encoder__final_norm": False}

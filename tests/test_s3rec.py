@@ -404,7 +404,7 @@ def test_encoders_that_read_leftwards_pretrain_as_well(changes):
     """The loss falls, every objective teaches, and what stands behind a place does not change its state."""
     dataset = random_dataset()
     config, system = case_of(dataset, **changes)
-    params, batch = system.init(jax.random.key(0)), batch_of(dataset)
+    params, batch = jax.jit(system.init)(jax.random.key(0)), batch_of(dataset)
     hparams = jax.tree.map(jnp.float32, hparams_of(config)) | STILL
     data, optimizer = replicate(MESH, system.data), optax.adam(0.01)
     loss = lambda params, key: system.loss(params, {}, batch, key, hparams, data)  # noqa: E731
@@ -415,7 +415,7 @@ def test_encoders_that_read_leftwards_pretrain_as_well(changes):
         updates, state = optimizer.update(gradient, state)
         return optax.apply_updates(params, updates), state, value, gradient
 
-    state, values = optimizer.init(params), []
+    state, values = jax.jit(optimizer.init)(params), []
     for number in range(60):
         key = jax.random.fold_in(jax.random.key(1), number)
         params, state, value, gradient = step(params, state, key)
@@ -424,7 +424,8 @@ def test_encoders_that_read_leftwards_pretrain_as_well(changes):
     assert all(leaf.any() for leaf in jax.tree.leaves(gradient["maps"] | gradient["encoder"]))
     encoder, causal = FrozenConfigDict(config.encoder), s3rec.is_causal(config.encoder, config.s3rec)
     views = {"plain": batch.items_RxL, "changed": jnp.where(batch.positions_RxL == WIDTH - 1, 1, batch.items_RxL)}
-    hidden = s3rec.encode_views(params, batch, views, encoder, None, STILL, MESH, causal)
+    encode = jax.jit(lambda params: s3rec.encode_views(params, batch, views, encoder, None, STILL, MESH, causal))
+    hidden = encode(params)
     before_N = np.asarray((batch.items_RxL > 0) & (batch.positions_RxL < WIDTH - 1)).reshape(-1)
     np.testing.assert_array_equal(hidden["plain"][before_N], hidden["changed"][before_N])
     assert np.abs(hidden["plain"] - hidden["changed"]).max() > 0.01
