@@ -16,7 +16,7 @@ from configs import base
 
 
 def masked_items(config: ConfigDict) -> None:
-    """PeterRec's pretraining objective."""
+    """PeterRec's pretraining objective, with the data's own dropout: no views depend on it."""
     config.clue.pretraining = "masked_items"
 
 
