@@ -42,7 +42,8 @@ def transfer(
         )
     if "items" not in old:
         raise UserError(f"{config.init_from}: it learned from users' vectors and has no encoder (config.init_from)")
-    if not meta["config"]["data"]["hold_out"] and config.system not in PRETRAINING and config.task not in TASKS:
+    ranks = config.system not in PRETRAINING and config.task not in TASKS
+    if ranks and not meta["config"]["data"].get("hold_out", True):
         raise UserError(
             f"{config.init_from}: it was trained with data.hold_out=False, on the items that this run is tested on "
             "(config.init_from): pretrain anew with --config.data.hold_out=true"
@@ -55,7 +56,9 @@ def transfer(
         raise UserError(f"{config.init_from}: no item of this data set is in that checkpoint (config.init_from)")
     moved = {"items": _move(params["items"], old["items"], new_rows, old_rows)}
     if "attributes" in shared:
-        rows = _same(attribute_names.tolist(), meta["attributes"])
+        rows = _same(attribute_names.tolist(), meta.get("attributes", []))
+        if not rows.size:
+            raise UserError(f"{config.init_from}: no attribute of this data is in that checkpoint (config.init_from)")
         moved["attributes"] = _move(params["attributes"], old["attributes"], *rows)
     report = {
         "from": config.init_from,

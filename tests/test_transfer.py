@@ -170,6 +170,8 @@ def test_rows_of_the_attribute_table_are_matched_by_name(child, make, tmp_path):
     names = np.array(["blue", "white", "red"])
     params, _ = transfer(fresh, dataset.item_ids, config, make_mesh(1, 1), names)
     assert params["attributes"][:, 0].tolist() == [16.0, -1.0, 0.0]
+    with pytest.raises(UserError, match="no attribute of this data is in that checkpoint"):
+        transfer(fresh, dataset.item_ids, config, make_mesh(1, 1), np.array(["x", "y", "z"]))
 
 
 def test_what_was_trained_on_the_test_items_is_refused(child, make, tmp_path):
