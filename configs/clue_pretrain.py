@@ -4,7 +4,8 @@ The pretraining stage; configs/clue_finetune.py goes on from its workdir. Two vi
 (`clue.view=mask|crop|permute`: changed histories), no negatives. `masked_items`: PeterRec's objective on the same
 encoder, [UR] token included, the paper's baseline. The run goes through all its epochs and its last checkpoint counts;
 watch `above_minimum` (the loss's distance from -1), `spread` (of the normalised projections) and `user rank` for a
-collapse, which `no_stop_gradient` and `no_predictor` show (Figure 6): the loss at its minimum, the users on a line.
+collapse, which `no_stop_gradient` and `no_predictor` show (Figure 6): the loss at its minimum, all users on a
+line or in a point.
 
     python -m seqrec_jax.main --config=configs/clue_pretrain.py
     python -m seqrec_jax.main --config=configs/clue_pretrain.py:ml1m --config.data.dir=DATA --workdir=PRETRAINED

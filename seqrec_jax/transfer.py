@@ -58,7 +58,10 @@ def transfer(
     if "attributes" in shared:
         rows = _same(attribute_names.tolist(), meta.get("attributes", []))
         if not rows.size:
-            raise UserError(f"{config.init_from}: no attribute of this data is in that checkpoint (config.init_from)")
+            raise UserError(
+                f"{config.init_from}: no attribute of this data is in that checkpoint (config.init_from): give the "
+                "file that it was trained with, --config.data.attributes=FILE"
+            )
         moved["attributes"] = _move(params["attributes"], old["attributes"], *rows)
     report = {
         "from": config.init_from,
