@@ -16,7 +16,7 @@ from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.files import read_bytes
 from seqrec_jax.errors import UserError
 from seqrec_jax.protocol import UNJUDGED, Protocol, protocol_of, ranks_items
-from seqrec_jax.sharding import replicate, replicated, split_rows
+from seqrec_jax.sharding import compiler_options, replicate, replicated, split_rows
 from seqrec_jax.systems import System
 
 HELD_OUT = {"test": 1, "valid": 2}  # how many items from the end
@@ -37,13 +37,12 @@ class Evaluator:
 
     def __call__(self, system: System, params: dict) -> dict[str, float]:
         """Metrics over all evaluated users, each counted once."""
-        counts_TxU = jax.device_get(self.counts(system.states, params, self.arrays, self.layout))
+        counts_TxU = jax.device_get(_counts()(self, system.states, params, self.arrays, self.layout))
         users_U, greater_U, tied_U, missed_U = (count_TxU.reshape(-1) for count_TxU in counts_TxU)
         real_U = users_U >= 0
         assert real_U.sum() == self.users and len(np.unique(users_U[real_U])) == self.users
         return ranking.metrics(greater_U[real_U], tied_U[real_U], missed_U[real_U])
 
-    @functools.partial(jax.jit, static_argnums=(0, 1))
     def counts(self, states, params, arrays, layout):
         """Of all batches in one dispatch, [T, U] each: user (−1: none), items above the target, ties, unseen."""
         plan = plan_epoch(layout, None)
@@ -67,6 +66,11 @@ class Evaluator:
         block = max(BLOCK_SCORES // len(target_U), 1024)
         counts = ranking.count_better(states_UxD, params["items"], target_U, self.num_items, hidden, block)
         return batch.users_U, *counts
+
+
+@functools.cache
+def _counts():
+    return jax.jit(Evaluator.counts, static_argnums=(0, 1), compiler_options=compiler_options())
 
 
 class Unjudged:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from seqrec_jax.data.batches import Layout, Plan, batch_of, epoch_key, plan_epoch
 from seqrec_jax.optimizer import schedule, transform
-from seqrec_jax.sharding import replicate, shardings_of, split_rows
+from seqrec_jax.sharding import compiler_options, replicate, shardings_of, split_rows
 from seqrec_jax.systems import System, hparams_of
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def _train_steps(loss: Callable, config: FrozenConfigDict, mesh: Mesh, total_ste
         state, sums = train_steps(state, *arguments)
         return jax.lax.with_sharding_constraint(state, shardings_of(mesh, state)), sums
 
-    return jax.jit(placed, donate_argnums=0)
+    return jax.jit(placed, donate_argnums=0, compiler_options=compiler_options())
 
 
 @dataclasses.dataclass

@@ -47,7 +47,7 @@ def softmax_loss(
 def chunk_rows(columns: int) -> int:
     """Rows walked at once: a tile of logits that stays in cache on a CPU and fills an accelerator."""
     backend = jax.default_backend()
-    logits = 5 * 2**19 if backend == "cpu" else 2**27
+    logits = 5 * 2**20 if backend == "cpu" else 2**27
     return int(np.clip(logits // min(columns, TILE_COLUMNS[backend] if columns > MANY_COLUMNS else columns), 8, 8192))
 
 
@@ -86,13 +86,13 @@ _sums.defvjp(_forward, _backward)
 def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, targets_N, column_ids_C, *, chunk):
     """One device's rows and columns: (loss sum, target count, d hidden, d positive, d columns, d others)."""
     rows = hidden_NxD.shape[0]
-    chunk = min(chunk, rows)
+    chunk = -(-rows // -(-rows // chunk))  # chunks of one size
     real_N = targets_N > 0
     count = real_N.sum()
     order = real_first(real_N, chunk)
     longest = jax.lax.pmax(jnp.sqrt((columns_CxD**2).sum(axis=1).max()), "model")
     highest_bias = jax.lax.pmax(column_bias_C.max(), "model")
-    exponentials = _tiled if columns_CxD.shape[0] > MANY_COLUMNS else _whole
+    exponentials = (_tiled if columns_CxD.shape[0] > MANY_COLUMNS else _whole)(columns_CxD)
 
     def add_chunk(index, sums):
         total, d_hidden, d_positive, d_columns, d_others = sums
@@ -104,16 +104,20 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
         others_M = jnp.full_like(score_M, -jnp.inf) if others_N is None else take(others_N)
         least_M = jnp.maximum(score_M, others_M)
 
-        def logits(begin, width):
-            """Of columns begin .. begin + width."""
-            part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=begin, slice_size=width)
-            found = hidden_MxD @ part(columns_CxD).T + part(column_bias_C)
+        def products(begin, width):
+            return hidden_MxD @ jax.lax.dynamic_slice_in_dim(columns_CxD, begin, width).T
+
+        def logits(products_MxT, begin):
+            """Of the columns from `begin` on, from their products with the states."""
+            part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=begin, slice_size=products_MxT.shape[1])
+            found = products_MxT + part(column_bias_C)
             if column_ids_C is None:
                 return found
             return jnp.where(part(column_ids_C) == target_M[:, None], -jnp.inf, found)
 
         bound_M = jnp.sqrt((hidden_MxD**2).sum(axis=1)) * longest + jnp.maximum(highest_bias, 0)
-        top_M, sum_M, pull_MxD, push_columns = exponentials(logits, columns_CxD, jnp.maximum(bound_M, least_M), least_M)
+        bound_M = jnp.maximum(bound_M, least_M)
+        top_M, sum_M, pull_MxD, push_columns = exponentials(products, logits, bound_M, least_M)
         joins_M = 0.0 if column_ids_C is None else jnp.exp(score_M - top_M)
         besides_M = 0.0 if others_N is None else jnp.exp(others_M - top_M)
         sum_M += joins_M + besides_M
@@ -136,57 +140,68 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
     return total, count, d_hidden, d_positive, d_columns_DxC.T, d_others
 
 
-def _whole(logits, columns_CxD, bound_M, least_M):
-    """All columns at once: shift [M], and over all devices the sum of e = exp(logits − shift) and of e @ columns; and
-    how to add shares.T @ e to d columns [D, C].
+def _whole(columns_CxD):
+    """All columns at once. Returns a function that finds the shift [M] and, over all devices, the sum of
+    e = exp(logits − shift) and of e @ columns; and how to add shares.T @ e to d columns [D, C].
     """
+    columns = columns_CxD.shape[0]
+    one_product = jax.default_backend() == "cpu"  # of columns and a last one of ones: the sums of e cost no pass
+    if one_product:
+        columns_CxD = jnp.concatenate([columns_CxD, jnp.ones((columns, 1))], axis=1)
 
-    def by_bound():
-        return bound_M, jnp.exp(logits(0, columns_CxD.shape[0]) - bound_M[:, None])
+    def exponentials(products, logits, bound_M, least_M):
+        products_MxC = products(0, columns)
 
-    def by_maximum():
-        logits_MxC = logits(0, columns_CxD.shape[0])
-        top_M = jax.lax.pmax(jnp.maximum(logits_MxC.max(axis=1), least_M), "model")
-        return top_M, jnp.exp(logits_MxC - top_M[:, None])
+        def maximum():
+            return jax.lax.pmax(jnp.maximum(logits(products_MxC, 0).max(axis=1), least_M), "model")
 
-    # The bound saves a pass over the logits. The product is in both branches, so that it and the exponentials fuse.
-    top_M, exp_MxC = jax.lax.cond(bound_M.max() < SAFE, by_bound, by_maximum)
-    sum_M, pull_MxD = jax.lax.psum((exp_MxC.sum(axis=1), exp_MxC @ columns_CxD), "model")
-    return top_M, sum_M, pull_MxD, lambda d_columns_DxC, shares_DxM: d_columns_DxC + shares_DxM @ exp_MxC
+        # The bound saves a pass. e is made here and not in the branches: in the place of the products, with one pass.
+        top_M = jax.lax.cond(bound_M.max() < SAFE, lambda: bound_M, maximum)
+        exp_MxC = jnp.exp(logits(products_MxC, 0) - top_M[:, None])
+        mixed = exp_MxC @ columns_CxD
+        sum_M, pull_MxD = (mixed[:, -1], mixed[:, :-1]) if one_product else (exp_MxC.sum(axis=1), mixed)
+        sum_M, pull_MxD = jax.lax.psum((sum_M, pull_MxD), "model")
+        return top_M, sum_M, pull_MxD, lambda d_columns_DxC, shares_DxM: d_columns_DxC + shares_DxM @ exp_MxC
+
+    return exponentials
 
 
-def _tiled(logits, columns_CxD, bound_M, least_M):
+def _tiled(columns_CxD):
     """The same in tiles of columns with a running maximum; the gradient of the columns walks over them once more."""
     columns, width = columns_CxD.shape[0], TILE_COLUMNS[jax.default_backend()]
     tiles = -(-columns // width)
 
-    def tile(index):
-        """(first column, its logits): the last tile overlaps the one before, whose columns it leaves out."""
-        begin = jnp.minimum(index * width, columns - width)
-        return begin, jnp.where(begin + jnp.arange(width) >= index * width, logits(begin, width), -jnp.inf)
+    def exponentials(products, logits, _, least_M):
+        def tile(index):
+            """(first column, its logits): the last tile overlaps the one before, whose columns it leaves out."""
+            begin = jnp.minimum(index * width, columns - width)
+            own_T = begin + jnp.arange(width) >= index * width
+            return begin, jnp.where(own_T, logits(products(begin, width), begin), -jnp.inf)
 
-    def add_tile(index, sums):
-        top_M, sum_M, pull_MxD = sums
-        begin, logits_MxT = tile(index)
-        higher_M = jnp.maximum(top_M, logits_MxT.max(axis=1))
-        exp_MxT = jnp.exp(logits_MxT - higher_M[:, None])
-        added = exp_MxT @ jax.lax.dynamic_slice_in_dim(columns_CxD, begin, width)
-        shrink_M = jnp.exp(top_M - higher_M)
-        return higher_M, sum_M * shrink_M + exp_MxT.sum(axis=1), pull_MxD * shrink_M[:, None] + added
-
-    start = (least_M, jnp.zeros_like(least_M), jnp.zeros((least_M.shape[0], columns_CxD.shape[1])))
-    local_M, sum_M, pull_MxD = jax.lax.fori_loop(0, tiles, add_tile, start)
-    top_M = jax.lax.pmax(local_M, "model")
-    shrink_M = jnp.exp(local_M - top_M)
-    sum_M, pull_MxD = jax.lax.psum((sum_M * shrink_M, pull_MxD * shrink_M[:, None]), "model")
-
-    def push_columns(d_columns_DxC, shares_DxM):
-        def add(index, d_columns_DxC):
+        def add_tile(index, sums):
+            top_M, sum_M, pull_MxD = sums
             begin, logits_MxT = tile(index)
-            pushed = shares_DxM @ jnp.exp(logits_MxT - top_M[:, None])
-            old = jax.lax.dynamic_slice_in_dim(d_columns_DxC, begin, width, axis=1)
-            return jax.lax.dynamic_update_slice_in_dim(d_columns_DxC, old + pushed, begin, axis=1)
+            higher_M = jnp.maximum(top_M, logits_MxT.max(axis=1))
+            exp_MxT = jnp.exp(logits_MxT - higher_M[:, None])
+            added = exp_MxT @ jax.lax.dynamic_slice_in_dim(columns_CxD, begin, width)
+            shrink_M = jnp.exp(top_M - higher_M)
+            return higher_M, sum_M * shrink_M + exp_MxT.sum(axis=1), pull_MxD * shrink_M[:, None] + added
 
-        return jax.lax.fori_loop(0, tiles, add, d_columns_DxC)
+        start = (least_M, jnp.zeros_like(least_M), jnp.zeros((least_M.shape[0], columns_CxD.shape[1])))
+        local_M, sum_M, pull_MxD = jax.lax.fori_loop(0, tiles, add_tile, start)
+        top_M = jax.lax.pmax(local_M, "model")
+        shrink_M = jnp.exp(local_M - top_M)
+        sum_M, pull_MxD = jax.lax.psum((sum_M * shrink_M, pull_MxD * shrink_M[:, None]), "model")
 
-    return top_M, sum_M, pull_MxD, push_columns
+        def push_columns(d_columns_DxC, shares_DxM):
+            def add(index, d_columns_DxC):
+                begin, logits_MxT = tile(index)
+                pushed = shares_DxM @ jnp.exp(logits_MxT - top_M[:, None])
+                old = jax.lax.dynamic_slice_in_dim(d_columns_DxC, begin, width, axis=1)
+                return jax.lax.dynamic_update_slice_in_dim(d_columns_DxC, old + pushed, begin, axis=1)
+
+            return jax.lax.fori_loop(0, tiles, add, d_columns_DxC)
+
+        return top_M, sum_M, pull_MxD, push_columns
+
+    return exponentials
