@@ -17,11 +17,23 @@ def dropout(key: jax.Array | None, x: jax.Array, rate: jax.Array) -> jax.Array:
     """Zeroes entries with probability `rate` (a traced scalar) and scales the rest; key None: identity."""
     if key is None:
         return x
-    # 16 random bits an entry are enough and half the work; the scale is that of the rate they can express.
-    words = jax.random.bits(key, (-(-x.size // 2),))
-    bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[: x.size].reshape(x.shape)
-    threshold = jnp.round(jnp.float32(rate) * 2**16)
-    return jnp.where(bits >= threshold.astype(jnp.uint32), x / (1 - threshold / 2**16), 0).astype(x.dtype)
+    kept = (_hash(key, x.size).reshape(x.shape) >> 8).astype(jnp.float32) >= jnp.float32(rate) * 2**24
+    return jnp.where(kept, x / (1 - jnp.float32(rate)), 0).astype(x.dtype)
+
+
+def _hash(key: jax.Array, count: int) -> jax.Array:
+    """[count] uint32, the bits of a mask: each entry's number hashed with both words of the key (lowbias32, twice).
+
+    It fuses with what it masks, where threefry's bits took a twentieth of a training step on a CPU.
+    """
+    first, *_, last = jax.random.key_data(key)
+
+    def mixed(x):
+        x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
+        x = (x ^ (x >> 15)) * jnp.uint32(0x735A2D97)
+        return x ^ (x >> 15)
+
+    return mixed(mixed(jax.lax.iota(jnp.uint32, count) + first) ^ last)
 
 
 def fused_attention(query_RxHxLxW, key_RxHxLxW, value_RxHxLxW, visible_RxLxL) -> jax.Array:
