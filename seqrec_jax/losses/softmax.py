@@ -136,8 +136,13 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
     zero = jax.tree.map(jnp.zeros_like, (hidden_NxD, hidden_NxD, columns_CxD.T, others_N))
     sums = jax.lax.fori_loop(0, -(-count // chunk), add_chunk, (jnp.float32(0), *zero))
     total, d_hidden, d_positive, d_columns_DxC, d_others = sums
-    total, count, d_columns_DxC = jax.lax.psum((total, count, d_columns_DxC), "data")
+    total, count, d_columns_DxC = _summed((total, count, d_columns_DxC), "data")
     return total, count, d_hidden, d_positive, d_columns_DxC.T, d_others
+
+
+def _summed(tree, axis: str):
+    """Over the devices of a mesh axis. The sum over one device would copy."""
+    return tree if jax.lax.axis_size(axis) == 1 else jax.lax.psum(tree, axis)
 
 
 def _whole(columns_CxD):
@@ -160,7 +165,7 @@ def _whole(columns_CxD):
         exp_MxC = jnp.exp(logits(products_MxC, 0) - top_M[:, None])
         mixed = exp_MxC @ columns_CxD
         sum_M, pull_MxD = (mixed[:, -1], mixed[:, :-1]) if one_product else (exp_MxC.sum(axis=1), mixed)
-        sum_M, pull_MxD = jax.lax.psum((sum_M, pull_MxD), "model")
+        sum_M, pull_MxD = _summed((sum_M, pull_MxD), "model")
         return top_M, sum_M, pull_MxD, lambda d_columns_DxC, shares_DxM: d_columns_DxC + shares_DxM @ exp_MxC
 
     return exponentials
@@ -191,7 +196,7 @@ def _tiled(columns_CxD):
         local_M, sum_M, pull_MxD = jax.lax.fori_loop(0, tiles, add_tile, start)
         top_M = jax.lax.pmax(local_M, "model")
         shrink_M = jnp.exp(local_M - top_M)
-        sum_M, pull_MxD = jax.lax.psum((sum_M * shrink_M, pull_MxD * shrink_M[:, None]), "model")
+        sum_M, pull_MxD = _summed((sum_M * shrink_M, pull_MxD * shrink_M[:, None]), "model")
 
         def push_columns(d_columns_DxC, shares_DxM):
             def add(index, d_columns_DxC):
