@@ -46,7 +46,7 @@ class Sizes:
     items: int = 12_101
     batch: int = 256
     rounds: int = 7
-    steps: int = 8  # of ours in one measurement
+    steps: int = 32  # of ours in one measurement: what a run dispatches at once (train.log_every)
     peer_steps: int = 4
     prefixes: int = 100  # of a published pretraining step
     starts: int = 3  # cold, each with a warm one after it

@@ -72,6 +72,9 @@ def get_config(argument: str = "") -> ConfigDict:
     encoder.ffn = 256  # width of the feed-forward layer
     encoder.activation = "gelu"  # gelu (erf form) | relu
     encoder.norm = "post"  # post | pre | query (pre-norm of the attention query alone: the original SASRec)
+    # transformer: weight of the recency filter beside attention's (BSARec's alpha: 0.7 on Beauty); 0: attention alone
+    encoder.filter = 0.0
+    encoder.filter_width = 8  # items that the filter's low part averages
     encoder.input_norm = True  # layer norm on the input embeddings
     encoder.final_norm = False  # layer norm on the output states
     encoder.scale_embedding = False  # item embeddings times sqrt(dim)

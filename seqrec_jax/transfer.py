@@ -15,7 +15,7 @@ from seqrec_jax.protocol import TASKS
 from seqrec_jax.validate import PRETRAINING
 
 # Settings of an encoder that the shapes of its parameters do not show, but that change what it makes of them.
-UNSEEN = ("heads", "activation", "norm", "scale_embedding", "positions")
+UNSEEN = ("heads", "activation", "norm", "scale_embedding", "positions", "filter", "filter_width")
 NONE = np.zeros(0, np.str_)
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def find_parent(init_from: str) -> tuple[checkpoint.Store, int, dict]:
 def _check_encoder(old: dict, config: ConfigDict) -> None:
     """Raises UserError where the encoders differ in what shapes do not show."""
     for key in UNSEEN:
-        if old[key] != config.encoder[key]:
+        if old.get(key, config.encoder[key]) != config.encoder[key]:  # an older one has no filter: names will tell
             raise UserError(
                 f"{config.init_from}: its parameters were trained for encoder.{key}={old[key]} (config.init_from); "
                 f"set --config.encoder.{key}={old[key]}, not {config.encoder[key]}"

@@ -29,6 +29,8 @@ RANGES = {  # for a tuple: of each element
     "encoder.layers": "[1, inf)",
     "encoder.heads": "[1, inf)",
     "encoder.ffn": "[1, inf)",
+    "encoder.filter": "[0, 1)",
+    "encoder.filter_width": "[1, inf)",
     "encoder.norm_epsilon": "(0, 1)",
     "encoder.embedding_dropout": "[0, 1)",
     "encoder.hidden_dropout": "[0, 1)",
@@ -191,6 +193,8 @@ def _training_conflicts(config: ConfigDict, data_devices: int) -> Iterator[str]:
             f"encoder.dim={encoder.dim} is not divisible by encoder.heads={encoder.heads}; "
             f"allowed: multiples of {encoder.heads}"
         )
+    if encoder.filter and encoder.kind != "transformer":
+        yield f"encoder.filter={encoder.filter}: encoder.kind={encoder.kind} has no filter; allowed: 0"
     if train.batch_size % data_devices:
         yield (
             f"train.batch_size={train.batch_size} is not divisible by the {data_devices} devices of mesh.data; "

@@ -269,6 +269,7 @@ def test_an_open_end_is_outside(key):
         (["data.dir=x"], ["data.dir=x", "no data set is named"]),
         (["data.format=csv"], ["data.format=csv", "data.path"]),
         (["encoder.heads=3"], ["encoder.dim=64", "encoder.heads=3", "multiples of 3"]),
+        (["encoder.kind=gru", "encoder.filter=0.7"], ["encoder.filter=0.7", "encoder.kind=gru has no filter"]),
         (["system=cl4srec", "train.batch_size=1"], ["train.batch_size=1", "[2, inf)"]),
         (["train.max_epochs=0"], ["train.max_epochs=0", "[1, inf)"]),
         (["train.keep_epochs=10,50,20"], ["train.keep_epochs=50", "train.max_epochs=40"]),

@@ -60,9 +60,9 @@ def influence(config, segments, causal=True):
 # What sees what -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("original", [False, True])
-def test_a_causal_state_depends_on_the_past_alone(original):
-    seen = influence(config_of(original), [[1] * LENGTH])
+@pytest.mark.parametrize(("original", "filter_"), [(False, 0.0), (True, 0.0), (False, 0.7)])
+def test_a_causal_state_depends_on_the_past_alone(original, filter_):
+    seen = influence(config_of(original, filter=filter_), [[1] * LENGTH])
     allowed = np.tril(np.ones((LENGTH, LENGTH), bool))
     assert (seen[~allowed] == 0).all() and (seen[allowed] > 0).all()
 
@@ -71,10 +71,10 @@ def test_a_bidirectional_state_depends_on_the_whole_history():
     assert (influence(config_of(), [[1] * LENGTH], causal=False) > 0).all()
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_packed_histories_do_not_see_each_other_nor_padding(causal):
+@pytest.mark.parametrize(("causal", "filter_"), [(True, 0.0), (False, 0.0), (True, 0.7), (False, 0.7)])
+def test_packed_histories_do_not_see_each_other_nor_padding(causal, filter_):
     segments = np.array([[2, 2, 0, 1, 1, 1], [3, 0, 4, 4, 4, 0]])
-    seen = influence(config_of(), segments, causal)
+    seen = influence(config_of(filter=filter_), segments, causal)
     flat = segments.ravel()
     same = (flat[:, None] == flat[None]) & (flat > 0)
     allowed = same & (np.tril(np.ones((12, 12), bool)) if causal else True)
@@ -82,8 +82,9 @@ def test_packed_histories_do_not_see_each_other_nor_padding(causal):
     assert (seen[real] > 0).tolist() == allowed[real].tolist()
 
 
-def test_a_packed_history_has_the_state_it_has_alone():
-    config = config_of()
+@pytest.mark.parametrize("filter_", [0.0, 0.7])
+def test_a_packed_history_has_the_state_it_has_alone(filter_):
+    config = config_of(filter=filter_, filter_width=2)
     params = parameters(config)
     encode = jax.jit(lambda batch: transformer.encode(params, batch, config, None, RATES))
     packed = batch_of([[1, 1, 2, 2, 2, 0]])
@@ -120,9 +121,10 @@ def test_last_states_are_those_of_the_last_items():
     ]
 
 
-@pytest.mark.parametrize("norm", ["post", "pre", "query"])
-def test_the_last_states_alone_are_the_same(norm):
-    config, batch = config_of(layers=2, norm=norm, final_norm=True), batch_of([[1, 1, 2, 2, 2, 0], [0, 3, 3, 3, 3, 4]])
+@pytest.mark.parametrize(("norm", "filter_"), [("post", 0.0), ("pre", 0.0), ("query", 0.0), ("post", 0.7)])
+def test_the_last_states_alone_are_the_same(norm, filter_):
+    config = config_of(layers=2, norm=norm, final_norm=True, filter=filter_, filter_width=2)
+    batch = batch_of([[1, 1, 2, 2, 2, 0], [0, 3, 3, 3, 3, 4]])
     params = parameters(config)
     of_all = transformer.last_states(transformer.encode(params, batch, config, None, RATES), batch)
     alone = transformer.encode(params, batch, config, None, RATES, last_only=True)
@@ -160,25 +162,45 @@ def feed_forward(x, p, activation):
     return dense(gelu(inner) if activation == "gelu" else np.maximum(inner, 0), p["outer"])
 
 
+def filtered(x, p, config, visible):
+    """Cell by cell: the mean of the latest that it sees, and what is left of it times a factor a dimension."""
+    found = np.zeros_like(x)
+    for cell in range(len(x)):
+        near = [c for c in np.flatnonzero(visible[cell]) if abs(c - cell) < config.filter_width]
+        low = sum(x[c] for c in near) / len(near)
+        found[cell] = low + p["filter"] ** 2 * (x[cell] - low)
+    return found
+
+
 def block(x, p, config, visible):
-    epsilon = config.norm_epsilon
+    epsilon, share = config.norm_epsilon, config.filter
     if config.norm == "post":
-        x = norm(x + attention(x, x, p, config.heads, visible), p["norm_attention"], epsilon)
-        return norm(x + feed_forward(x, p, config.activation), p["norm_ffn"], epsilon)
+        attended = norm(x + attention(x, x, p, config.heads, visible), p["norm_attention"], epsilon)
+        if share:
+            beside = norm(x + filtered(x, p, config, visible), p["norm_filter"], epsilon)
+            attended = share * beside + (1 - share) * attended
+        return norm(attended + feed_forward(attended, p, config.activation), p["norm_ffn"], epsilon)
     if config.norm == "pre":
         y = norm(x, p["norm_attention"], epsilon)
-        x = x + attention(y, y, p, config.heads, visible)
+        mixed = (1 - share) * attention(y, y, p, config.heads, visible)
+        x = x + mixed + (share * filtered(y, p, config, visible) if share else 0)
         return x + feed_forward(norm(x, p["norm_ffn"], epsilon), p, config.activation)
     query = norm(x, p["norm_attention"], epsilon)  # SASRec: keys and values are not normed, the residual is
-    x = norm(query + attention(query, x, p, config.heads, visible), p["norm_ffn"], epsilon)
+    mixed = (1 - share) * attention(query, x, p, config.heads, visible)
+    mixed += share * filtered(x, p, config, visible) if share else 0
+    x = norm(query + mixed, p["norm_ffn"], epsilon)
     return x + feed_forward(x, p, config.activation)
 
 
 @pytest.mark.parametrize(
-    ("name", "activation"), [("post", "gelu"), ("post", "relu"), ("pre", "gelu"), ("query", "relu")]
+    ("name", "activation", "share"),
+    [
+        *(("post", "gelu", 0.0), ("post", "relu", 0.0), ("pre", "gelu", 0.0), ("query", "relu", 0.0)),
+        *(("post", "gelu", 0.7), ("pre", "gelu", 0.3), ("query", "relu", 0.7)),
+    ],
 )
-def test_a_block_equals_its_formula(name, activation):
-    config = config_of(norm=name, activation=activation)
+def test_a_block_equals_its_formula(name, activation, share):
+    config = config_of(norm=name, activation=activation, filter=share, filter_width=3)
     p = parameters(config)["encoder"]["block_0"]
     x = np.random.default_rng(2).normal(size=(LENGTH, DIM))
     visible = np.tril(np.ones((LENGTH, LENGTH), bool))

@@ -46,8 +46,22 @@ def fused_attention(query_RxHxLxW, key_RxHxLxW, value_RxHxLxW, visible_RxLxL) ->
     return mixed_RxLxHxW.swapaxes(1, 2)
 
 
+def recent_mean(x_NxD: jax.Array, visible_RxLxL: jax.Array, width: int) -> jax.Array:
+    """[N, D]: the mean over the cells within `width` of each, itself among them, that it sees."""
+    places_L = jnp.arange(visible_RxLxL.shape[1])
+    near_RxLxL = visible_RxLxL & (jnp.abs(places_L[:, None] - places_L) < width)
+    weights_RxLxL = near_RxLxL / jnp.maximum(near_RxLxL.sum(axis=2, keepdims=True), 1)
+    return (weights_RxLxL.astype(x_NxD.dtype) @ x_NxD.reshape(*visible_RxLxL.shape[:2], -1)).reshape(x_NxD.shape)
+
+
 class Block(nn.Module):
-    """Self-attention and feed-forward with residuals (post-, pre- or query-norm); `cells_U`: for these cells alone."""
+    """Self-attention and feed-forward with residuals (post-, pre- or query-norm); `cells_U`: for these cells alone.
+
+    Beside attention, with weight config.filter, a filter of frequencies (BSARec, Shin et al., AAAI 2024): the low part
+    of the input as it is, the rest times a learned factor a dimension. The paper takes the low part from a Fourier
+    transform of the whole history; the mean of recent cells reads no future, so that all targets of a row are learned
+    at once.
+    """
 
     config: Any  # config.encoder, frozen
     init: Any
@@ -58,7 +72,7 @@ class Block(nn.Module):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         norm = lambda name: nn.LayerNorm(config.norm_epsilon, dtype=jnp.float32, name=name)  # noqa: E731
         dense = lambda width, name: nn.Dense(width, kernel_init=self.init, dtype=dtype, name=name)  # noqa: E731
-        keys = (None, None, None) if key is None else jax.random.split(key, 3)
+        keys = (None,) * 4 if key is None else jax.random.split(key, 4)
         heads, width = config.heads, config.dim // config.heads
         rows, length, _ = visible_RxLxL.shape
 
@@ -74,12 +88,18 @@ class Block(nn.Module):
             weights = jax.nn.softmax(jnp.where(visible_RxLxL[:, None], scores_RxHxLxL, HIDE)).astype(dtype)
             mixed = jnp.einsum("rhqk,rhkw->rhqw", dropout(keys[0], weights, rate), value)
         mixed = mixed.swapaxes(1, 2).reshape(x_NxD.shape)
-        if cells_U is not None:  # what follows looks at no other cell
-            x_NxD, source, mixed = (y_NxD[cells_U] for y_NxD in (x_NxD, source, mixed))
-        mixed = dropout(keys[1], dense(config.dim, "output")(mixed), rate)
-        x_NxD = (source if config.norm == "query" else x_NxD) + mixed
-        if config.norm == "post":
-            x_NxD = norm("norm_attention")(x_NxD)
+        pick = (
+            (lambda y_NxD: y_NxD) if cells_U is None else (lambda y_NxD: y_NxD[cells_U])
+        )  # what follows looks at no other
+        residual = pick(source if config.norm == "query" else x_NxD)
+        after = norm if config.norm == "post" else lambda _: lambda x: x
+        mixed = dropout(keys[1], dense(config.dim, "output")(pick(mixed)), rate)
+        x_NxD = after("norm_attention")(residual + mixed)
+        if config.filter:
+            low = recent_mean(others, visible_RxLxL, config.filter_width)
+            high_share = self.param("filter", nn.initializers.normal(1.0), (config.dim,)) ** 2
+            filtered = dropout(keys[3], pick(low + high_share.astype(dtype) * (others - low)), rate)
+            x_NxD = config.filter * after("norm_filter")(residual + filtered) + (1 - config.filter) * x_NxD
 
         source = norm("norm_ffn")(x_NxD) if config.norm in ("pre", "query") else x_NxD
         activation = jax.nn.relu if config.activation == "relu" else lambda x: jax.nn.gelu(x, approximate=False)
