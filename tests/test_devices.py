@@ -62,7 +62,7 @@ def single(cache, tmp_path_factory):
 @pytest.mark.parametrize(
     ("system", "mesh"),
     [
-        ("sasrec", (("data", 8),)),
+        pytest.param("sasrec", (("data", 8),), marks=pytest.mark.slow),
         ("cl4srec", (("data", 8),)),
         ("sasrec", (("data", 4), ("model", 2))),
         pytest.param("cl4srec", (("data", 4), ("model", 2)), marks=pytest.mark.slow),

@@ -218,7 +218,8 @@ def test_parameters_that_do_not_fit_are_listed_with_both_shapes(parent, make, ch
 
 
 @pytest.mark.parametrize(
-    ("key", "there", "here"), [("heads", 2, 1), ("activation", "gelu", "relu"), ("norm", "post", "pre")]
+    ("key", "there", "here"),
+    [("heads", 2, 1), ("activation", "gelu", "relu"), ("norm", "post", "pre"), ("filter", 0.0, 0.5)],
 )
 def test_another_architecture_of_equal_shapes_is_refused(parent, child, make, key, there, here):
     moved(child, make, parent, encoder__hidden_dropout=0.1)  # not of the architecture
