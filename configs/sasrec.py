@@ -16,10 +16,11 @@ from configs import base
 
 
 def fast(config: ConfigDict) -> None:
-    """The shortest way to good figures on short histories: one layer, less dropout, a higher rate, and a softmax over
-    2,048 popular negatives and the history's own items, which estimates the one over all items at a fifth of its cost.
+    """The shortest way to good figures on short histories: one layer with the recency filter, less dropout, a higher
+    rate, and a softmax over 2,048 popular negatives and the history's own items, which estimates the one over all
+    items at a fifth of its cost.
     """
-    config.encoder.update(layers=1, embedding_dropout=0.4, hidden_dropout=0.4)
+    config.encoder.update(layers=1, embedding_dropout=0.4, hidden_dropout=0.4, filter=0.7)
     config.loss.update(next_item="sampled", negatives=2048, negative_distribution="popularity", history_negatives=True)
     config.train.update(learning_rate=4e-3, max_epochs=16)
 
