@@ -271,6 +271,17 @@ def test_dropout_zeroes_a_share_and_keeps_the_mean():
     assert transformer.dropout(None, x, 0.5) is x
 
 
+def test_dropout_masks_are_independent():
+    """Of neighbours, of cells a row or a feature apart, and of any two keys: correlations are those of chance."""
+    ones, keys = np.ones((512, 64), np.float32), jax.random.split(jax.random.key(0), 12)
+    masks = np.array([np.sign(jax.jit(transformer.dropout)(key, ones, 0.5) - 0.5).ravel() for key in keys])
+    chance = 5 / np.sqrt(ones.size)
+    assert (np.abs(masks.mean(axis=1)) < chance).all()
+    assert (np.abs(masks @ masks.T / ones.size - np.eye(12)) < chance).all()
+    for lag in (1, 2, 3, 32, 64, 128, 1024):
+        assert (np.abs((masks[:, lag:] * masks[:, :-lag]).mean(axis=1)) < chance).all()
+
+
 def test_dropout_of_the_encoder_follows_its_key_and_its_rates():
     config = config_of()
     params, batch = parameters(config), batch_of([[1, 1, 1, 2, 2, 2]])

@@ -88,9 +88,7 @@ class Block(nn.Module):
             weights = jax.nn.softmax(jnp.where(visible_RxLxL[:, None], scores_RxHxLxL, HIDE)).astype(dtype)
             mixed = jnp.einsum("rhqk,rhkw->rhqw", dropout(keys[0], weights, rate), value)
         mixed = mixed.swapaxes(1, 2).reshape(x_NxD.shape)
-        pick = (
-            (lambda y_NxD: y_NxD) if cells_U is None else (lambda y_NxD: y_NxD[cells_U])
-        )  # what follows looks at no other
+        pick = lambda y_NxD: y_NxD if cells_U is None else y_NxD[cells_U]  # noqa: E731 (what follows is cell by cell)
         residual = pick(source if config.norm == "query" else x_NxD)
         after = norm if config.norm == "post" else lambda _: lambda x: x
         mixed = dropout(keys[1], dense(config.dim, "output")(pick(mixed)), rate)

@@ -45,7 +45,7 @@ def softmax_loss(
 
 
 def chunk_rows(columns: int) -> int:
-    """Rows walked at once: a tile of logits that stays in cache on a CPU and fills an accelerator."""
+    """Rows walked at once: few chunks whose logits stay in the last cache of a CPU, large ones on an accelerator."""
     backend = jax.default_backend()
     logits = 5 * 2**20 if backend == "cpu" else 2**27
     return int(np.clip(logits // min(columns, TILE_COLUMNS[backend] if columns > MANY_COLUMNS else columns), 8, 8192))
