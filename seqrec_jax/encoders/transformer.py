@@ -57,10 +57,10 @@ def recent_mean(x_NxD: jax.Array, visible_RxLxL: jax.Array, width: int) -> jax.A
 class Block(nn.Module):
     """Self-attention and feed-forward with residuals (post-, pre- or query-norm); `cells_U`: for these cells alone.
 
-    Beside attention, with weight config.filter, a filter of frequencies (BSARec, Shin et al., AAAI 2024): the low part
-    of the input as it is, the rest times a learned factor a dimension. The paper takes the low part from a Fourier
-    transform of the whole history; the mean of recent cells reads no future, so that all targets of a row are learned
-    at once.
+    Beside attention, with weight config.filter (alpha there), a filter of frequencies (BSARec, Shin et al., AAAI 2024):
+    the low part of the input as it is, the rest times a learned factor a dimension (beta squared). There the low part
+    comes from a Fourier transform of the whole history; the mean of recent cells reads no future, so that all targets
+    of a row are learned at once.
     """
 
     config: Any  # config.encoder, frozen
