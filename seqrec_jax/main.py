@@ -56,8 +56,7 @@ def run(argv: Sequence[str]) -> int:
     if config.mesh.distributed and arguments.mode == "train":
         jax.distributed.initialize()
     validate(config, jax.device_count())
-    cache = runs.cache_dir(config, workdir) / "programs"
-    jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
+    jax.config.update("jax_compilation_cache_dir", str(runs.programs_dir(config, workdir).absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if arguments.mode == "evaluate":

@@ -20,6 +20,7 @@ from seqrec_jax.data.batches import Layout
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.errors import RunFailed
 from seqrec_jax.evaluate import Evaluator
+from seqrec_jax.programs import Kept
 from seqrec_jax.protocol import protocol_of
 from seqrec_jax.systems import System
 from seqrec_jax.train_step import NO_STEP, TrainState, compile_program, init_state
@@ -83,6 +84,7 @@ def train(
     analysis: Analysis | None,
     mesh: Mesh,
     stop: threading.Event,
+    kept: Kept | None = None,
 ) -> tuple[TrainState, Progress, dict]:
     """Trains until a bound or patience ends it; resumes from `workdir`. Returns (last state, progress, provenance).
 
@@ -92,9 +94,9 @@ def train(
     """
     total = total_steps(config, layout)
     store = checkpoint.open_store(workdir, create=True)
-    state, progress, parent = _begin(config, dataset, system, store, mesh)
+    state, progress, parent = _begin(config, dataset, system, store, mesh, kept)
     step = saved = int(state.step)
-    program = compile_program(system, config, mesh, layout, total, state)
+    program = compile_program(system, config, mesh, layout, total, state, kept)
     eval_every = config.eval.every or layout.steps
     save_every = config.train.save_every or eval_every
     keep = {epoch * layout.steps for epoch in config.train.keep_epochs}
@@ -155,9 +157,9 @@ def total_steps(config: ConfigDict, layout: Layout) -> int:
     return min(epochs, config.train.max_steps) if config.train.max_steps else epochs
 
 
-def _begin(config, dataset, system, store, mesh) -> tuple[TrainState, Progress, dict]:
+def _begin(config, dataset, system, store, mesh, kept) -> tuple[TrainState, Progress, dict]:
     """Workdir checkpoint > init_from > scratch."""
-    state = init_state(system, config, mesh)
+    state = init_state(system, config, mesh, kept)
     restored = checkpoint.restore_latest(store, state)
     if restored:
         state, meta = restored

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +14,9 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from seqrec_jax.data.batches import Layout, Plan, batch_of, epoch_key, plan_epoch
 from seqrec_jax.optimizer import schedule, transform
+from seqrec_jax.programs import Kept, compiled
 from seqrec_jax.sharding import compiler_options, replicate, shardings_of, split_rows
 from seqrec_jax.systems import System, hparams_of
-
-log = logging.getLogger(__name__)
 
 NO_STEP = 2**31 - 1  # no step was bad
 
@@ -40,20 +37,23 @@ def make_transform(config: ConfigDict, hparams: dict, rate: jax.Array):
     return transform(train.optimizer, hparams, rate, decays=train.weight_decay > 0, clips=train.clip_norm > 0)
 
 
-def init_state(system: System, config: ConfigDict, mesh: Mesh) -> TrainState:
+def init_state(system: System, config: ConfigDict, mesh: Mesh, kept: Kept | None = None) -> TrainState:
     """A fresh state, laid out over the mesh; parameters depend on the seed alone."""
 
     @jax.jit  # traced once for its shapes and for the values
-    def make(key):
+    def initial_state(key):
         params = system.init(key)
         return TrainState(
             jnp.int32(0), params, make_transform(config, hparams_of(config), 0.0).init(params), system.state
         )
 
+    def lower():
+        shardings = shardings_of(mesh, jax.eval_shape(initial_state, key))
+        fast_to_compile = {"xla_backend_optimization_level": 1}  # it runs once, and the values are the same
+        return jax.jit(initial_state, out_shardings=shardings, compiler_options=fast_to_compile).lower(key)
+
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    shardings = shardings_of(mesh, jax.eval_shape(make, key))
-    fast_to_compile = {"xla_backend_optimization_level": 1}  # it runs once, and the values are the same
-    return jax.jit(make, out_shardings=shardings, compiler_options=fast_to_compile)(key)
+    return compiled("initial state", lower, (key,), kept)(key)
 
 
 def make_train_steps(system: System, config: ConfigDict, mesh: Mesh, total_steps: int):
@@ -114,6 +114,11 @@ def _train_steps(loss: Callable, config: FrozenConfigDict, mesh: Mesh, total_ste
     return jax.jit(placed, donate_argnums=0, compiler_options=compiler_options())
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _plan(layout: Layout, seed: int, epoch: jax.Array) -> Plan:
+    return plan_epoch(layout, epoch_key(seed, epoch))
+
+
 @dataclasses.dataclass
 class Program:
     """The compiled steps of a run, with all that they read on the devices."""
@@ -137,25 +142,20 @@ class Program:
     def _arguments(self, step, until):
         if step // self.layout.steps != self.epoch:
             self.epoch = step // self.layout.steps
-            self.plan = jax.jit(plan_epoch)(self.layout, epoch_key(self.seed, self.epoch))
+            self.plan = _plan(self.layout, self.seed, np.int32(self.epoch))
         count = replicate(self.mesh, np.int32(until - step))
         return count, self.key, self.layout, self.plan, self.data, self.hparams
 
 
 def compile_program(
-    system: System, config: ConfigDict, mesh: Mesh, layout: Layout, total_steps: int, state: TrainState
-) -> Program:
-    """Compiles, or finds in the compilation cache, the one program that takes all steps; logs how long that took."""
+    system: System, config: ConfigDict, mesh: Mesh, layout: Layout, total_steps: int, state: TrainState,
+    kept: Kept | None = None,
+) -> Program:  # fmt: skip
+    """Compiles, or finds among the kept ones, the one program that takes all steps; logs how long that took."""
     hparams = {name: np.float32(value) for name, value in hparams_of(config).items()}
     inputs = (training_key(config.seed), layout, system.data, hparams)
     program = Program(config.seed, mesh, *(replicate(mesh, tree) for tree in inputs))
-    began = time.perf_counter()
-    lowered = make_train_steps(system, config, mesh, total_steps).lower(state, *program._arguments(int(state.step), 0))
-    traced = time.perf_counter()
-    program.steps = lowered.compile()
-    memory = program.steps.memory_analysis()
-    log.info(
-        "train step: traced in %.1f s, compiled in %.1f s%s", traced - began, time.perf_counter() - traced,
-        f", {memory.temp_size_in_bytes / 2**20:.0f} MiB of temporary memory" if memory else "",
-    )  # fmt: skip
+    arguments = (state, *program._arguments(int(state.step), 0))
+    steps = functools.partial(make_train_steps, system, config, mesh, total_steps)
+    program.steps = compiled("train step", lambda: steps().lower(*arguments), arguments, kept)
     return program

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,15 +80,13 @@ class Log:
         self.writes = jax.process_index() == 0
         if not self.writes:
             return
-        from tensorboardX import SummaryWriter
-
         self.path = workdir / "metrics.jsonl"
         kept = [json.dumps(line) + "\n" for line in read_lines(self.path) if line["step"] <= last[line["kind"]]]
         part = self.path.with_name("metrics.jsonl.part")
         part.write_text("".join(kept))
         os.replace(part, self.path)
         self.file = self.path.open("a")
-        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self.events = _summary_writer()(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, kind: str, step: int, values: dict) -> None:
         """One line {"kind", "step", ...values}."""
@@ -103,6 +102,19 @@ class Log:
         if self.writes:
             self.file.close()
             self.events.close()
+
+
+def _summary_writer():
+    """tensorboardX's, kept from importing PyTorch where that is installed: two seconds, for tensors we do not have."""
+    absent = "torch" not in sys.modules
+    if absent:
+        sys.modules["torch"] = None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if absent:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -1,0 +1,144 @@
+"""Compiled programs kept in files, so that a run whose programs exist starts without tracing them.
+
+JAX's own cache is asked with a traced program, and tracing takes longer than the rest of a warm start. Here a program
+is found by what it is made from: this package's files, the config, the data, versions, devices and the shapes of its
+arguments. Where that is new, it is traced and found by its text, which serves runs that differ in numbers alone.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import logging
+import os
+import pickle
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from seqrec_jax.config import config_hash
+from seqrec_jax.systems import System
+
+log = logging.getLogger(__name__)
+
+VERSIONS = ("jax", "jaxlib", "flax", "optax", "numpy")
+ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """The programs of one run."""
+
+    folder: Path
+    source: str  # a digest of all that they are made from, but for the arguments
+    machine: str  # a digest of what they run on
+    mesh: Mesh
+
+
+def kept(folder: Path, system: System, config: ConfigDict, mesh: Mesh, data_hash: str) -> Kept | None:
+    """The programs of a run. None (they are traced, and JAX's own cache keeps them) for several processes, and for a
+    system from outside this package, because nobody knows what that is made from.
+    """
+    loss = system.loss
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    if jax.process_count() > 1 or loss.__module__.split(".")[0] != __package__:
+        return None
+    machine = _machine(mesh)
+    return Kept(folder, _digest(machine, _package(), config_hash(config), data_hash), machine, mesh)
+
+
+def compiled(name: str, lower: Callable[[], jax.stages.Lowered], arguments: tuple, kept: Kept | None = None):
+    """The program that `lower` traces for `arguments`, from its file or compiled (jax.stages.Compiled); logs how long
+    that took. A file that cannot be used is reported and made anew.
+    """
+    began, stem = time.perf_counter(), name.replace(" ", "_")
+    pointer = kept and kept.folder / f"{stem}-{_digest(kept.source, *_shapes(arguments))}.name"
+    program = _load(kept.folder / pointer.read_text(), kept) if kept and pointer.is_file() else None
+    if program:
+        log.info("%s: found in %.1f s%s", name, time.perf_counter() - began, _memory(program))
+        return program
+    lowered = lower()
+    traced = time.perf_counter()
+    if kept is None:
+        program = lowered.compile()
+    else:
+        digest = _digest(kept.machine, lowered.as_text(), str(lowered.in_tree), str(lowered.out_tree))
+        file = kept.folder / f"{stem}-{digest}.program"
+        program = _load(file, kept)
+        if not program:
+            program = _compile(lowered)
+            _write(file, pickle.dumps(serialize_executable.serialize(program)))
+        _write(pointer, file.name.encode())
+    times = traced - began, time.perf_counter() - traced
+    log.info("%s: traced in %.1f s, compiled in %.1f s%s", name, *times, _memory(program))
+    return program
+
+
+def _compile(lowered):
+    """Without JAX's cache, which remembers from its first use whether it is enabled: what it finds can't be written."""
+    before = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
+        return lowered.compile()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def _load(file: Path, kept: Kept):
+    if not file.is_file():
+        return None
+    try:
+        payload, in_tree, out_tree = pickle.loads(file.read_bytes())
+        devices = list(kept.mesh.devices.flat)
+        return serialize_executable.deserialize_and_load(payload, in_tree, out_tree, execution_devices=devices)
+    except Exception as error:  # of many kinds, from pickle to XLA
+        log.warning("%s cannot be used (%s): compiled anew", file, str(error).splitlines()[0])
+        return None
+
+
+def _write(file: Path, content: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part.write_bytes(content)
+    os.replace(part, file)
+
+
+def _memory(program) -> str:
+    memory = program.memory_analysis()
+    return f", {memory.temp_size_in_bytes / 2**20:.0f} MiB of temporary memory" if memory else ""
+
+
+def _shapes(arguments) -> list[str]:
+    leaves, structure = jax.tree.flatten(arguments)
+    return [str(structure), *(f"{jax.typeof(leaf)} {leaf.sharding}" for leaf in leaves)]
+
+
+def _machine(mesh: Mesh) -> str:
+    devices = list(mesh.devices.flat)
+    flags = sorted((name, str(value)) for name, value in jax.config.values.items() if "compilation_cache" not in name)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    processor = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    facts = (
+        devices[0].client.platform_version, devices, [device.device_kind for device in devices], flags, processor,
+        os.cpu_count(), [importlib.metadata.version(name) for name in VERSIONS],
+        [os.environ.get(name) for name in ENVIRONMENT],
+    )  # fmt: skip
+    return _digest(*map(str, facts))
+
+
+def _package() -> str:
+    folder = Path(__file__).parent
+    return _digest(*(f"{path.relative_to(folder)}\n{path.read_text()}" for path in sorted(folder.rglob("*.py"))))
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]

@@ -1,0 +1,140 @@
+"""Kept programs: found again only where all that they are made from is the same, and then they compute the same."""
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqrec_jax import programs, systems
+from seqrec_jax.config import load
+from seqrec_jax.data.prepare import prepare
+from seqrec_jax.sharding import make_mesh
+from seqrec_jax.workdir import read_lines
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {
+    "data.synthetic_users": 100, "data.synthetic_items": 300, "encoder.max_length": 16, "encoder.dim": 8,
+    "encoder.ffn": 16, "encoder.layers": 1, "train.batch_size": 24, "train.max_epochs": 1, "report.baselines": "",
+}  # fmt: skip
+
+
+def train(workdir: Path, devices: int, **settings) -> tuple[list[dict], dict, str]:
+    """A run in a process of its own: (its lines without times, its results' metrics, what it printed)."""
+    flags = [f"--config.{key}={value}" for key, value in (TINY | settings).items()]
+    done = subprocess.run(
+        [sys.executable, "-m", "seqrec_jax.main", f"--config={ROOT / 'configs' / 'sasrec.py'}",
+         f"--workdir={workdir}", *flags],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+        env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+    )  # fmt: skip
+    lines = read_lines(workdir / "metrics.jsonl")
+    results = json.loads((workdir / "results.json").read_text())
+    timeless = [{key: value for key, value in line.items() if "second" not in key} for line in lines]
+    return timeless, results["test"], done.stderr
+
+
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
+def test_a_second_start_traces_nothing_and_computes_the_same(tmp_path, devices):
+    mesh = {"mesh.data": 2, "mesh.model": 2} if devices == 4 else {}
+    first = train(tmp_path / "first", devices, **mesh)
+    second = train(tmp_path / "second", devices, **mesh)  # beside the first, so with its cache
+    assert "train step: traced in" in first[2] and "found" not in first[2]
+    assert "initial state: found in" in second[2] and "train step: found in" in second[2]
+    assert "traced" not in second[2]
+    assert second[:2] == first[:2]
+    folder = tmp_path / ".cache" / "programs"
+    assert len(list(folder.glob("*.program"))) == 2 and any(folder.glob("jit_counts-*")), "JAX's cache keeps the others"
+
+
+@pytest.fixture
+def parts(tmp_path):
+    config = load(str(ROOT / "configs" / "sasrec.py"), [(key, str(value)) for key, value in TINY.items()])
+    mesh = make_mesh(1, 1)
+    system = systems.build(config, prepare(config.data, tmp_path), mesh)
+    return tmp_path / "programs", system, config, mesh, "data"
+
+
+def test_a_program_is_named_by_all_that_it_is_made_from(parts, monkeypatch):
+    folder, system, config, mesh, data = parts
+    kept = programs.kept(*parts)
+    assert programs.kept(*parts) == kept
+    other = load(str(ROOT / "configs" / "sasrec.py"), [("train.max_epochs", "3")])
+    assert programs.kept(folder, system, other, mesh, data).source != kept.source
+    assert programs.kept(folder, system, config, mesh, "others").source != kept.source
+    with jax.default_matmul_precision("float32"):
+        assert programs.kept(*parts).source != kept.source
+    with monkeypatch.context() as patch:
+        patch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+        assert programs.kept(*parts).machine != kept.machine
+    with monkeypatch.context() as patch:
+        patch.setattr(programs, "_package", lambda: "edited")
+        assert programs.kept(*parts).source != kept.source
+
+
+def test_a_system_made_elsewhere_is_compiled_anew(parts):
+    folder, system, *others = parts
+    assert programs.kept(folder, dataclasses.replace(system, loss=lambda *_: 0.0), *others) is None
+    strange = functools.partial(lambda *_: 0.0, 1)
+    assert programs.kept(folder, dataclasses.replace(system, loss=strange), *others) is None
+
+
+@pytest.fixture
+def keep(parts, caplog):
+    """compile(function, x, source) with what was logged; every call traces `function` anew if it traces at all."""
+    caplog.set_level(logging.INFO)
+    kept = programs.kept(*parts)
+
+    def compile_(function, x, **changes):
+        caplog.clear()
+        lower = functools.partial(jax.jit(lambda x: function(x)).lower, x)
+        program = programs.compiled("a sum", lower, (x,), dataclasses.replace(kept, **changes))
+        return program(x), caplog.text
+
+    return compile_
+
+
+def test_one_program_serves_configs_that_differ_in_numbers_alone(keep, parts):
+    x = jnp.arange(3.0)
+    assert "traced" in keep(jnp.sum, x)[1]
+    assert "found" in keep(jnp.sum, x)[1]
+    value, told = keep(jnp.sum, x, source="another config")
+    assert "traced" in told and value == 3
+    assert "found" in keep(jnp.sum, x, source="another config")[1]
+    files = sorted(path.suffix for path in parts[0].iterdir())
+    assert files == [".name", ".name", ".program"]
+    assert keep(jnp.max, x, source="another function")[0] == 2
+    assert "traced" in keep(jnp.sum, jnp.arange(4.0))[1], "another shape"
+    assert "traced" in keep(jnp.sum, jnp.arange(3))[1], "another type"
+
+
+def test_a_damaged_file_is_told_and_made_anew(keep, parts):
+    x = jnp.arange(3.0)
+    keep(jnp.sum, x)
+    (file,) = parts[0].glob("*.program")
+    whole = file.read_bytes()
+    for damage in (b"", whole[: len(whole) // 2], b"nonsense"):
+        file.write_bytes(damage)
+        value, told = keep(jnp.sum, x)
+        assert value == 3 and file.name in told and "compiled anew" in told
+        assert "found" in keep(jnp.sum, x)[1]
+    next(parts[0].glob("*.name")).write_text("nothing.program")
+    assert keep(jnp.sum, x)[0] == 3
+
+
+def test_what_is_donated_stays_donated(parts):
+    x = jnp.arange(8.0)
+    for told in range(2):  # traced, then found
+        given = x + told
+        lower = functools.partial(jax.jit(lambda x: x + 1, donate_argnums=0).lower, given)
+        program = programs.compiled("one more", lower, (given,), programs.kept(*parts))
+        np.testing.assert_array_equal(program(given), np.arange(8) + told + 1)
+        assert given.is_deleted()
