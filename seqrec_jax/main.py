@@ -56,7 +56,9 @@ def run(argv: Sequence[str]) -> int:
     if config.mesh.distributed and arguments.mode == "train":
         jax.distributed.initialize()
     validate(config, jax.device_count())
-    jax.config.update("jax_compilation_cache_dir", str(runs.programs_dir(config, workdir).absolute()))
+    if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
+        programs = runs.cache_dir(config, workdir) / "programs"
+        jax.config.update("jax_compilation_cache_dir", str(programs.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if arguments.mode == "evaluate":

@@ -41,17 +41,18 @@ class Kept:
     mesh: Mesh
 
 
-def kept(folder: Path, system: System, config: ConfigDict, mesh: Mesh, data_hash: str) -> Kept | None:
-    """The programs of a run. None (they are traced, and JAX's own cache keeps them) for several processes, and for a
-    system from outside this package, because nobody knows what that is made from.
+def kept(system: System, config: ConfigDict, mesh: Mesh, data_hash: str) -> Kept | None:
+    """The programs of a run, beside those of JAX's own cache. None (they are traced, and that cache keeps them) for
+    several processes, and for a system from outside this package, because nobody knows what that is made from.
     """
-    loss = system.loss
+    folder, loss = jax.config.jax_compilation_cache_dir, system.loss
     while isinstance(loss, functools.partial):
         loss = loss.func
-    if jax.process_count() > 1 or loss.__module__.split(".")[0] != __package__:
+    if not folder or jax.process_count() > 1 or loss.__module__.split(".")[0] != __package__:
         return None
     machine = _machine(mesh)
-    return Kept(folder, _digest(machine, _package(), config_hash(config), data_hash), machine, mesh)
+    source = _digest(machine, _package(), config_hash(config), data_hash)
+    return Kept(Path(folder), source, machine, mesh)
 
 
 def compiled(name: str, lower: Callable[[], jax.stages.Lowered], arguments: tuple, kept: Kept | None = None):
@@ -74,7 +75,7 @@ def compiled(name: str, lower: Callable[[], jax.stages.Lowered], arguments: tupl
         program = _load(file, kept)
         if not program:
             program = _compile(lowered)
-            _write(file, pickle.dumps(serialize_executable.serialize(program)))
+            _keep(program, file)
         _write(pointer, file.name.encode())
     times = traced - began, time.perf_counter() - traced
     log.info("%s: traced in %.1f s, compiled in %.1f s%s", name, *times, _memory(program))
@@ -94,7 +95,7 @@ def _compile(lowered):
 
 
 def _load(file: Path, kept: Kept):
-    if not file.is_file():
+    if not file.is_file() or file.stat().st_uid != os.getuid():  # a program of somebody else is not run
         return None
     try:
         payload, in_tree, out_tree = pickle.loads(file.read_bytes())
@@ -103,6 +104,15 @@ def _load(file: Path, kept: Kept):
     except Exception as error:  # of many kinds, from pickle to XLA
         log.warning("%s cannot be used (%s): compiled anew", file, str(error).splitlines()[0])
         return None
+
+
+def _keep(program, file: Path) -> None:
+    try:
+        content = pickle.dumps(serialize_executable.serialize(program))
+    except Exception as error:  # as many kinds
+        log.warning("%s cannot be written (%s): the next start compiles it anew", file, str(error).splitlines()[0])
+        return
+    _write(file, content)
 
 
 def _write(file: Path, content: bytes) -> None:

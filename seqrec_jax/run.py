@@ -133,13 +133,8 @@ def train_layout(
 
 
 def cache_dir(config: ConfigDict, workdir: Path) -> Path:
-    """Where prepared data and programs are kept."""
+    """Where prepared data and, unless JAX_COMPILATION_CACHE_DIR names another place, compiled programs are kept."""
     return Path(config.data.cache_dir).expanduser() if config.data.cache_dir else workdir.parent / ".cache"
-
-
-def programs_dir(config: ConfigDict, workdir: Path) -> Path:
-    """Where compiled programs are kept, ours and those of JAX's cache."""
-    return cache_dir(config, workdir) / "programs"
 
 
 def _finished(config, workdir, dataset) -> dict | None:
@@ -163,7 +158,7 @@ def _results(config, workdir, dataset, system, mesh, stop, task=None) -> dict:
     layout, _ = train_layout(config, dataset, mesh, task)
     validate = _evaluator(config, dataset, "valid", mesh, task)
     analysis = None if task else Analysis(dataset, config, mesh)
-    kept = programs.kept(programs_dir(config, workdir), system, config, mesh, dataset.hash)
+    kept = programs.kept(system, config, mesh, dataset.hash)
     state, progress, parent = train(config, workdir, dataset, system, layout, validate, analysis, mesh, stop, kept)
     store = checkpoint.open_store(workdir, create=False)
     params = checkpoint.restore_params(store, progress.best_step, mesh)

@@ -157,7 +157,7 @@ def total_steps(config: ConfigDict, layout: Layout) -> int:
     return min(epochs, config.train.max_steps) if config.train.max_steps else epochs
 
 
-def _begin(config, dataset, system, store, mesh, kept) -> tuple[TrainState, Progress, dict]:
+def _begin(config, dataset, system, store, mesh, kept=None) -> tuple[TrainState, Progress, dict]:
     """Workdir checkpoint > init_from > scratch."""
     state = init_state(system, config, mesh, kept)
     restored = checkpoint.restore_latest(store, state)

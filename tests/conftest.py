@@ -1,12 +1,22 @@
 """What every test shares. The environment is set before anything imports JAX."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 # Collectives over several simulated CPU devices can deadlock JAX 0.10.2 on few cores with its default thread pool.
 os.environ.setdefault("PJRT_NPROC", "16")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Each worker, and every process its tests start, compiles a program once; JAX does not write atomically."""
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    config.add_cleanup(folder.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 @pytest.fixture(scope="session")

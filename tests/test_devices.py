@@ -64,7 +64,7 @@ def single(cache, tmp_path_factory):
     [
         pytest.param("sasrec", (("data", 8),), marks=pytest.mark.slow),
         ("cl4srec", (("data", 8),)),
-        ("sasrec", (("data", 4), ("model", 2))),
+        pytest.param("sasrec", (("data", 4), ("model", 2)), marks=pytest.mark.slow),  # the next test has this mesh
         pytest.param("cl4srec", (("data", 4), ("model", 2)), marks=pytest.mark.slow),
         pytest.param("duorec", (("data", 4), ("model", 2)), marks=pytest.mark.slow),
         pytest.param("s3rec_pretrain", (("data", 4), ("model", 2)), marks=pytest.mark.slow),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqrec_jax import programs, systems
+from seqrec_jax import programs, run, systems, train_step
 from seqrec_jax.config import load
 from seqrec_jax.data.prepare import prepare
 from seqrec_jax.sharding import make_mesh
@@ -34,7 +34,8 @@ def train(workdir: Path, devices: int, **settings) -> tuple[list[dict], dict, st
         [sys.executable, "-m", "seqrec_jax.main", f"--config={ROOT / 'configs' / 'sasrec.py'}",
          f"--workdir={workdir}", *flags],
         cwd=ROOT, capture_output=True, text=True, check=True,
-        env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        env={name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+        | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
     )  # fmt: skip
     lines = read_lines(workdir / "metrics.jsonl")
     results = json.loads((workdir / "results.json").read_text())
@@ -42,7 +43,8 @@ def train(workdir: Path, devices: int, **settings) -> tuple[list[dict], dict, st
     return timeless, results["test"], done.stderr
 
 
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 4])
 def test_a_second_start_traces_nothing_and_computes_the_same(tmp_path, devices):
     mesh = {"mesh.data": 2, "mesh.model": 2} if devices == 4 else {}
     first = train(tmp_path / "first", devices, **mesh)
@@ -57,19 +59,23 @@ def test_a_second_start_traces_nothing_and_computes_the_same(tmp_path, devices):
 
 @pytest.fixture
 def parts(tmp_path):
+    """What programs.kept reads; the folder is tmp_path."""
     config = load(str(ROOT / "configs" / "sasrec.py"), [(key, str(value)) for key, value in TINY.items()])
     mesh = make_mesh(1, 1)
-    system = systems.build(config, prepare(config.data, tmp_path), mesh)
-    return tmp_path / "programs", system, config, mesh, "data"
+    system = systems.build(config, prepare(config.data, tmp_path / "data"), mesh)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    yield system, config, mesh, "data"
+    jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_a_program_is_named_by_all_that_it_is_made_from(parts, monkeypatch):
-    folder, system, config, mesh, data = parts
+    system, config, mesh, data = parts
     kept = programs.kept(*parts)
     assert programs.kept(*parts) == kept
     other = load(str(ROOT / "configs" / "sasrec.py"), [("train.max_epochs", "3")])
-    assert programs.kept(folder, system, other, mesh, data).source != kept.source
-    assert programs.kept(folder, system, config, mesh, "others").source != kept.source
+    assert programs.kept(system, other, mesh, data).source != kept.source
+    assert programs.kept(system, config, mesh, "others").source != kept.source
     with jax.default_matmul_precision("float32"):
         assert programs.kept(*parts).source != kept.source
     with monkeypatch.context() as patch:
@@ -81,10 +87,10 @@ def test_a_program_is_named_by_all_that_it_is_made_from(parts, monkeypatch):
 
 
 def test_a_system_made_elsewhere_is_compiled_anew(parts):
-    folder, system, *others = parts
-    assert programs.kept(folder, dataclasses.replace(system, loss=lambda *_: 0.0), *others) is None
+    system, *others = parts
+    assert programs.kept(dataclasses.replace(system, loss=lambda *_: 0.0), *others) is None
     strange = functools.partial(lambda *_: 0.0, 1)
-    assert programs.kept(folder, dataclasses.replace(system, loss=strange), *others) is None
+    assert programs.kept(dataclasses.replace(system, loss=strange), *others) is None
 
 
 @pytest.fixture
@@ -102,32 +108,68 @@ def keep(parts, caplog):
     return compile_
 
 
-def test_one_program_serves_configs_that_differ_in_numbers_alone(keep, parts):
+def test_one_program_serves_configs_that_differ_in_numbers_alone(keep, tmp_path):
     x = jnp.arange(3.0)
     assert "traced" in keep(jnp.sum, x)[1]
     assert "found" in keep(jnp.sum, x)[1]
     value, told = keep(jnp.sum, x, source="another config")
     assert "traced" in told and value == 3
     assert "found" in keep(jnp.sum, x, source="another config")[1]
-    files = sorted(path.suffix for path in parts[0].iterdir())
+    files = sorted(path.suffix for path in tmp_path.glob("a_sum*"))
     assert files == [".name", ".name", ".program"]
     assert keep(jnp.max, x, source="another function")[0] == 2
     assert "traced" in keep(jnp.sum, jnp.arange(4.0))[1], "another shape"
     assert "traced" in keep(jnp.sum, jnp.arange(3))[1], "another type"
 
 
-def test_a_damaged_file_is_told_and_made_anew(keep, parts):
+def test_a_damaged_file_is_told_and_made_anew(keep, tmp_path):
     x = jnp.arange(3.0)
     keep(jnp.sum, x)
-    (file,) = parts[0].glob("*.program")
+    (file,) = tmp_path.glob("*.program")
     whole = file.read_bytes()
     for damage in (b"", whole[: len(whole) // 2], b"nonsense"):
         file.write_bytes(damage)
         value, told = keep(jnp.sum, x)
         assert value == 3 and file.name in told and "compiled anew" in told
         assert "found" in keep(jnp.sum, x)[1]
-    next(parts[0].glob("*.name")).write_text("nothing.program")
+    next(tmp_path.glob("*.name")).write_text("nothing.program")
     assert keep(jnp.sum, x)[0] == 3
+
+
+def test_a_program_of_somebody_else_is_not_run(keep, monkeypatch):
+    keep(jnp.sum, jnp.arange(3.0))
+    monkeypatch.setattr(os, "getuid", lambda: -1)
+    assert "traced" in keep(jnp.sum, jnp.arange(3.0))[1]
+
+
+def test_a_kept_training_step_is_the_traced_one(parts, caplog):
+    """Every number of the state after three steps, from programs traced, compiled and kept, and found."""
+    caplog.set_level(logging.INFO)
+    system, config, mesh, _ = parts
+    layout, _ = run.train_layout(config, prepare(config.data, programs.kept(*parts).folder / "data"), mesh)
+
+    def after_three_steps(kept):
+        caplog.clear()
+        train_step._train_steps.cache_clear()
+        state = train_step.init_state(system, config, mesh, kept)
+        program = train_step.compile_program(system, config, mesh, layout, 5, state, kept)
+        return *jax.device_get(program.run(state, 0, 3)), caplog.text.count("found in")
+
+    (plain, sums, _), *others = [after_three_steps(kept) for kept in (None, *[programs.kept(*parts)] * 2)]
+    assert [found for *_, found in others] == [0, 2]
+    for state, others_sums, _ in others:
+        jax.tree.map(np.testing.assert_array_equal, (state, others_sums), (plain, sums))
+
+
+def test_a_program_that_cannot_be_written_is_told_and_runs(keep, tmp_path):
+    def through_the_host(x):
+        return jax.pure_callback(lambda x: np.asarray(x) + 1, x, x)
+
+    x = jnp.arange(3.0)
+    for _ in range(2):
+        value, told = keep(through_the_host, x)
+        assert value.tolist() == [1, 2, 3] and "cannot be written" in told
+    assert not any(tmp_path.glob("*.program"))
 
 
 def test_what_is_donated_stays_donated(parts):

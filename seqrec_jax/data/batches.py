@@ -199,7 +199,7 @@ def make_layout(
     most_J = np.diff(first_R1).reshape(rows, steps).max(axis=1)  # slots of the fullest row of each stratum
     row_U = np.repeat(np.arange(rows), most_J)
     nth_U = np.arange(len(row_U)) - np.repeat(np.cumsum(most_J) - most_J, most_J)
-    int32 = lambda array: array.astype(np.int32)  # noqa: E731
+    int32 = lambda array: jax.device_put(array.astype(np.int32))  # noqa: E731 (jnp.asarray would compile a program)
     return Layout(
         start_E=int32(examples.start_E),
         length_E=int32(examples.length_E),
