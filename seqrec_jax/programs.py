@@ -43,12 +43,14 @@ class Kept:
 
 def kept(system: System, config: ConfigDict, mesh: Mesh, data_hash: str) -> Kept | None:
     """The programs of a run, beside those of JAX's own cache. None (they are traced, and that cache keeps them) for
-    several processes, and for a system from outside this package, because nobody knows what that is made from.
+    several processes, for a folder that is no local one, and for a system from outside this package, because nobody
+    knows what that is made from.
     """
     folder, loss = jax.config.jax_compilation_cache_dir, system.loss
     while isinstance(loss, functools.partial):
         loss = loss.func
-    if not folder or jax.process_count() > 1 or loss.__module__.split(".")[0] != __package__:
+    local = folder and "://" not in folder
+    if not local or jax.process_count() > 1 or loss.__module__.split(".")[0] != __package__:
         return None
     machine = _machine(mesh)
     source = _digest(machine, _package(), config_hash(config), data_hash)
@@ -75,8 +77,8 @@ def compiled(name: str, lower: Callable[[], jax.stages.Lowered], arguments: tupl
         program = _load(file, kept)
         if not program:
             program = _compile(lowered)
-            _keep(program, file)
-        _write(pointer, file.name.encode())
+            _keep(file, lambda: pickle.dumps(serialize_executable.serialize(program)))
+        _keep(pointer, file.name.encode)
     times = traced - began, time.perf_counter() - traced
     log.info("%s: traced in %.1f s, compiled in %.1f s%s", name, *times, _memory(program))
     return program
@@ -102,24 +104,22 @@ def _load(file: Path, kept: Kept):
         devices = list(kept.mesh.devices.flat)
         return serialize_executable.deserialize_and_load(payload, in_tree, out_tree, execution_devices=devices)
     except Exception as error:  # of many kinds, from pickle to XLA
-        log.warning("%s cannot be used (%s): compiled anew", file, str(error).splitlines()[0])
+        log.warning("%s cannot be used (%s): compiled anew", file, _line(error))
         return None
 
 
-def _keep(program, file: Path) -> None:
+def _keep(file: Path, content: Callable[[], bytes]) -> None:
     try:
-        content = pickle.dumps(serialize_executable.serialize(program))
-    except Exception as error:  # as many kinds
-        log.warning("%s cannot be written (%s): the next start compiles it anew", file, str(error).splitlines()[0])
-        return
-    _write(file, content)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f"{file.name}.{os.getpid()}.part")
+        part.write_bytes(content())
+        os.replace(part, file)
+    except Exception as error:  # from pickle, XLA or the disk; the run needs none of them
+        log.warning("%s cannot be written (%s): the next start compiles it anew", file, _line(error))
 
 
-def _write(file: Path, content: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    os.replace(part, file)
+def _line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
 
 
 def _memory(program) -> str:

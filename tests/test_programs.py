@@ -93,6 +93,11 @@ def test_a_system_made_elsewhere_is_compiled_anew(parts):
     assert programs.kept(dataclasses.replace(system, loss=strange), *others) is None
 
 
+def test_a_folder_elsewhere_is_left_to_jax(parts):
+    jax.config.update("jax_compilation_cache_dir", "gs://bucket/programs")
+    assert programs.kept(*parts) is None
+
+
 @pytest.fixture
 def keep(parts, caplog):
     """compile(function, x, source) with what was logged; every call traces `function` anew if it traces at all."""
@@ -159,6 +164,15 @@ def test_a_kept_training_step_is_the_traced_one(parts, caplog):
     assert [found for *_, found in others] == [0, 2]
     for state, others_sums, _ in others:
         jax.tree.map(np.testing.assert_array_equal, (state, others_sums), (plain, sums))
+
+
+def test_a_full_disk_is_told_and_the_program_runs(keep, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    value, told = keep(jnp.sum, jnp.arange(3.0))
+    assert value == 3 and told.count("No space left on device") == 2  # its file and its name
 
 
 def test_a_program_that_cannot_be_written_is_told_and_runs(keep, tmp_path):

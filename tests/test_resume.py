@@ -249,7 +249,7 @@ def test_max_seconds_counts_over_resumes_then_evaluates(cache, tmp_path, monkeyp
 # Signals
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_signal_saves_and_exits_75_and_the_run_resumes(cache, tmp_path, name):
     process = start(cache, tmp_path / "signalled", train__max_epochs=10_000)
     wait_for(lambda: len(read_lines(tmp_path / "signalled" / "metrics.jsonl")) >= 5, process)
