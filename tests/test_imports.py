@@ -120,3 +120,17 @@ assert not xla_bridge.backends_are_initialized(), "an import starts a device"
     names = [name for name in ORDER if name]
     done = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_log_imports_no_pytorch(tmp_path):
+    """tensorboardX does wherever it is installed, and that takes seconds."""
+    (tmp_path / "torch.py").write_text("raise AssertionError('imported')")
+    code = (
+        "import sys, pathlib; from seqrec_jax.workdir import Log; log = Log(pathlib.Path(sys.argv[1]), 0, 0); "
+        "log.write('train', 1, {'loss': 1.0}); log.close(); assert 'torch' not in sys.modules"
+    )
+    path = [str(tmp_path), str(ROOT)]
+    script = f"import sys; sys.path[:0] = {path}; {code}"
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "tensorboard").iterdir())
