@@ -44,7 +44,7 @@ def get_config(argument: str = "") -> ConfigDict:
     # system=clue: whether pretraining, too, leaves out each user's last two items, next_item's validation and test.
     # False: it reads whole histories, for profile and cold_start, whose targets are elsewhere
     data.hold_out = True
-    data.cache_dir = ""  # prepared data and compiled programs; "" = .cache beside the workdir
+    data.cache_dir = ""  # prepared data; programs, but for JAX_COMPILATION_CACHE_DIR; "" = .cache beside the workdir
     data.synthetic_users = 4000  # size of the embedded synthetic data
     data.synthetic_items = 2000
     data.synthetic_seed = 0

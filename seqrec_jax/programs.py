@@ -37,7 +37,7 @@ class Kept:
 
     folder: Path
     source: str  # a digest of all that they are made from, but for the arguments
-    machine: str  # a digest of what they run on
+    compiler: str  # a digest of what compiles a traced text: this package's options, versions, the machine
     mesh: Mesh
 
 
@@ -52,9 +52,8 @@ def kept(system: System, config: ConfigDict, mesh: Mesh, data_hash: str) -> Kept
     local = folder and "://" not in folder
     if not local or jax.process_count() > 1 or loss.__module__.split(".")[0] != __package__:
         return None
-    machine = _machine(mesh)
-    source = _digest(machine, _package(), config_hash(config), data_hash)
-    return Kept(Path(folder), source, machine, mesh)
+    compiler = _digest(_machine(mesh), _package())
+    return Kept(Path(folder), _digest(compiler, config_hash(config), data_hash), compiler, mesh)
 
 
 def compiled(name: str, lower: Callable[[], jax.stages.Lowered], arguments: tuple, kept: Kept | None = None):
@@ -63,7 +62,7 @@ def compiled(name: str, lower: Callable[[], jax.stages.Lowered], arguments: tupl
     """
     began, stem = time.perf_counter(), name.replace(" ", "_")
     pointer = kept and kept.folder / f"{stem}-{_digest(kept.source, *_shapes(arguments))}.name"
-    program = _load(kept.folder / pointer.read_text(), kept) if kept and pointer.is_file() else None
+    program = _load(kept.folder / pointer.read_text(errors="replace"), kept) if kept and _is_own(pointer) else None
     if program:
         log.info("%s: found in %.1f s%s", name, time.perf_counter() - began, _memory(program))
         return program
@@ -72,7 +71,7 @@ def compiled(name: str, lower: Callable[[], jax.stages.Lowered], arguments: tupl
     if kept is None:
         program = lowered.compile()
     else:
-        digest = _digest(kept.machine, lowered.as_text(), str(lowered.in_tree), str(lowered.out_tree))
+        digest = _digest(kept.compiler, lowered.as_text(), str(lowered.in_tree), str(lowered.out_tree))
         file = kept.folder / f"{stem}-{digest}.program"
         program = _load(file, kept)
         if not program:
@@ -96,8 +95,13 @@ def _compile(lowered):
         compilation_cache.reset_cache()
 
 
+def _is_own(file: Path) -> bool:
+    """It is there, and this user's: what somebody else has written is not run."""
+    return file.is_file() and file.stat().st_uid == os.getuid()
+
+
 def _load(file: Path, kept: Kept):
-    if not file.is_file() or file.stat().st_uid != os.getuid():  # a program of somebody else is not run
+    if not _is_own(file):
         return None
     try:
         payload, in_tree, out_tree = pickle.loads(file.read_bytes())

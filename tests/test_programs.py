@@ -80,10 +80,11 @@ def test_a_program_is_named_by_all_that_it_is_made_from(parts, monkeypatch):
         assert programs.kept(*parts).source != kept.source
     with monkeypatch.context() as patch:
         patch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
-        assert programs.kept(*parts).machine != kept.machine
+        assert programs.kept(*parts).compiler != kept.compiler
     with monkeypatch.context() as patch:
-        patch.setattr(programs, "_package", lambda: "edited")
-        assert programs.kept(*parts).source != kept.source
+        patch.setattr(programs, "_package", lambda: "edited")  # options of the compiler, which no traced text shows
+        edited = programs.kept(*parts)
+        assert edited.source != kept.source and edited.compiler != kept.compiler
 
 
 def test_a_system_made_elsewhere_is_compiled_anew(parts):
@@ -123,6 +124,8 @@ def test_one_program_serves_configs_that_differ_in_numbers_alone(keep, tmp_path)
     files = sorted(path.suffix for path in tmp_path.glob("a_sum*"))
     assert files == [".name", ".name", ".program"]
     assert keep(jnp.max, x, source="another function")[0] == 2
+    keep(jnp.sum, x, source="edited", compiler="edited")
+    assert len(list(tmp_path.glob("a_sum*.program"))) == 3, "the same text under another compiler is another program"
     assert "traced" in keep(jnp.sum, jnp.arange(4.0))[1], "another shape"
     assert "traced" in keep(jnp.sum, jnp.arange(3))[1], "another type"
 
@@ -137,8 +140,9 @@ def test_a_damaged_file_is_told_and_made_anew(keep, tmp_path):
         value, told = keep(jnp.sum, x)
         assert value == 3 and file.name in told and "compiled anew" in told
         assert "found" in keep(jnp.sum, x)[1]
-    next(tmp_path.glob("*.name")).write_text("nothing.program")
-    assert keep(jnp.sum, x)[0] == 3
+    for damage in (b"nothing.program", b"", b"\xff"):
+        next(tmp_path.glob("*.name")).write_bytes(damage)
+        assert keep(jnp.sum, x)[0] == 3
 
 
 def test_a_program_of_somebody_else_is_not_run(keep, monkeypatch):
@@ -186,11 +190,13 @@ def test_a_program_that_cannot_be_written_is_told_and_runs(keep, tmp_path):
     assert not any(tmp_path.glob("*.program"))
 
 
-def test_what_is_donated_stays_donated(parts):
+def test_what_is_donated_stays_donated(parts, caplog):
+    caplog.set_level(logging.INFO)
     x = jnp.arange(8.0)
-    for told in range(2):  # traced, then found
-        given = x + told
+    for turn, told in enumerate(("traced in", "found in")):
+        given = x + turn
+        caplog.clear()
         lower = functools.partial(jax.jit(lambda x: x + 1, donate_argnums=0).lower, given)
         program = programs.compiled("one more", lower, (given,), programs.kept(*parts))
-        np.testing.assert_array_equal(program(given), np.arange(8) + told + 1)
-        assert given.is_deleted()
+        np.testing.assert_array_equal(program(given), np.arange(8) + turn + 1)
+        assert given.is_deleted() and told in caplog.text
