@@ -12,8 +12,10 @@ import importlib.metadata
 import logging
 import os
 import pickle
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -56,26 +58,44 @@ def kept(system: System, config: ConfigDict, mesh: Mesh, data_hash: str) -> Kept
     return Kept(Path(folder), _digest(compiler, config_hash(config), data_hash), compiler, mesh)
 
 
-def compiled(name: str, lower: Callable[[], jax.stages.Lowered], arguments: tuple, kept: Kept | None = None):
-    """The program that `lower` traces for `arguments`, from its file or compiled (jax.stages.Compiled); logs how long
-    that took. A file that cannot be used is reported and made anew.
+def compiling(name: str, lower: Callable[[], jax.stages.Lowered], arguments: tuple, kept: Kept | None = None) -> Future:
+    """The program that `lower` traces for `arguments` (jax.stages.Compiled), from its file or compiled, which is done
+    in a thread while the caller goes on; logs how long that took. A file that cannot be used is reported and made anew.
     """
-    began, stem = time.perf_counter(), name.replace(" ", "_")
-    pointer = kept and kept.folder / f"{stem}-{_digest(kept.source, *_shapes(arguments))}.name"
-    program = _load(kept.folder / pointer.read_text(errors="replace"), kept) if kept and _is_own(pointer) else None
-    if program:
-        log.info("%s: found in %.1f s%s", name, time.perf_counter() - began, _memory(program))
-        return program
-    lowered = lower()
+    began = time.perf_counter()
+    pointer = kept and kept.folder / f"{_stem(name)}-{_digest(kept.source, *_shapes(arguments))}.name"
+    lowered = None if pointer and _is_own(pointer) else lower()
+
+    def program():
+        if lowered is None:
+            found = _load(kept.folder / pointer.read_text(errors="replace"), kept)
+            if found:
+                log.info("%s: found in %.1f s%s", name, time.perf_counter() - began, _memory(found))
+                return found
+        return _made(name, began, lowered or lower(), pointer, kept)
+
+    if kept is None:  # and perhaps several processes, which must compile in one order
+        future = Future()
+        future.set_result(program())
+        return future
+    with_one_thread = ThreadPoolExecutor(1, "compiling")
+    try:
+        return with_one_thread.submit(program)
+    finally:
+        with_one_thread.shutdown(wait=False)
+
+
+def _made(name, began, lowered, pointer, kept):
     traced = time.perf_counter()
     if kept is None:
         program = lowered.compile()
     else:
         digest = _digest(kept.compiler, lowered.as_text(), str(lowered.in_tree), str(lowered.out_tree))
-        file = kept.folder / f"{stem}-{digest}.program"
+        file = kept.folder / f"{_stem(name)}-{digest}.program"
         program = _load(file, kept)
         if not program:
-            program = _compile(lowered)
+            with _no_cache:
+                program = lowered.compile()
             _keep(file, lambda: pickle.dumps(serialize_executable.serialize(program)))
         _keep(pointer, file.name.encode)
     times = traced - began, time.perf_counter() - traced
@@ -83,16 +103,38 @@ def compiled(name: str, lower: Callable[[], jax.stages.Lowered], arguments: tupl
     return program
 
 
-def _compile(lowered):
-    """Without JAX's cache, which remembers from its first use whether it is enabled: what it finds can't be written."""
-    before = jax.config.jax_enable_compilation_cache
-    try:
-        jax.config.update("jax_enable_compilation_cache", False)
+class _NoCache:
+    """While any thread is inside, JAX's cache is off: what it finds cannot be written. It remembers from its first use
+    whether it is enabled.
+    """
+
+    def __init__(self):
+        self.lock, self.inside, self.before = threading.Lock(), 0, True
+
+    def __enter__(self):
+        with self.lock:
+            if not self.inside:
+                self.before = jax.config.jax_enable_compilation_cache
+                self._enable(False)
+            self.inside += 1
+
+    def __exit__(self, *_):
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self._enable(self.before)
+
+    @staticmethod
+    def _enable(value):
+        jax.config.update("jax_enable_compilation_cache", value)
         compilation_cache.reset_cache()
-        return lowered.compile()
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()
+
+
+_no_cache = _NoCache()
+
+
+def _stem(name: str) -> str:
+    return name.replace(" ", "_")
 
 
 def _is_own(file: Path) -> bool:

@@ -23,7 +23,7 @@ from seqrec_jax.evaluate import Evaluator
 from seqrec_jax.programs import Kept
 from seqrec_jax.protocol import protocol_of
 from seqrec_jax.systems import System
-from seqrec_jax.train_step import NO_STEP, TrainState, compile_program, init_state
+from seqrec_jax.train_step import NO_STEP, Start, TrainState, compile_program
 from seqrec_jax.transfer import transfer
 from seqrec_jax.workdir import Log
 
@@ -94,9 +94,12 @@ def train(
     """
     total = total_steps(config, layout)
     store = checkpoint.open_store(workdir, create=True)
-    state, progress, parent = _begin(config, dataset, system, store, mesh, kept)
+    start = Start(system, config, mesh)
+    initial = start.compiling(kept)  # while this is compiled, the program of the steps is traced
+    program = compile_program(system, config, mesh, layout, total, start, kept)
+    state, progress, parent = _begin(config, dataset, initial.result()(start.key), store, mesh)
     step = saved = int(state.step)
-    program = compile_program(system, config, mesh, layout, total, state, kept)
+    program.wait()
     eval_every = config.eval.every or layout.steps
     save_every = config.train.save_every or eval_every
     keep = {epoch * layout.steps for epoch in config.train.keep_epochs}
@@ -157,9 +160,8 @@ def total_steps(config: ConfigDict, layout: Layout) -> int:
     return min(epochs, config.train.max_steps) if config.train.max_steps else epochs
 
 
-def _begin(config, dataset, system, store, mesh, kept=None) -> tuple[TrainState, Progress, dict]:
-    """Workdir checkpoint > init_from > scratch."""
-    state = init_state(system, config, mesh, kept)
+def _begin(config, dataset, state, store, mesh) -> tuple[TrainState, Progress, dict]:
+    """Workdir checkpoint > init_from > scratch, which is `state`."""
     restored = checkpoint.restore_latest(store, state)
     if restored:
         state, meta = restored

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -12,9 +13,9 @@ from flax import struct
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from seqrec_jax.data.batches import Layout, Plan, batch_of, epoch_key, plan_epoch
+from seqrec_jax.data.batches import Layout, Plan, batch_of, order_key, plan_epoch
 from seqrec_jax.optimizer import schedule, transform
-from seqrec_jax.programs import Kept, compiled
+from seqrec_jax.programs import Kept, compiling
 from seqrec_jax.sharding import compiler_options, replicate, shardings_of, split_rows
 from seqrec_jax.systems import System, hparams_of
 
@@ -37,23 +38,42 @@ def make_transform(config: ConfigDict, hparams: dict, rate: jax.Array):
     return transform(train.optimizer, hparams, rate, decays=train.weight_decay > 0, clips=train.clip_norm > 0)
 
 
+class Start:
+    """The state that a run starts with, to be: shapes without values, and a program that computes the values."""
+
+    def __init__(self, system: System, config: ConfigDict, mesh: Mesh):
+        def initial_state(key):
+            params = system.init(key)
+            return TrainState(
+                jnp.int32(0), params, make_transform(config, hparams_of(config), 0.0).init(params), system.state
+            )
+
+        self.mesh, self.key = mesh, jax.random.fold_in(jax.random.key(config.seed), 1)
+        self._initial_state = jax.jit(initial_state)  # traced once for its shapes and for the values
+
+    @functools.cached_property
+    def shapes(self) -> TrainState:
+        """Of jax.ShapeDtypeStruct, laid out over the mesh."""
+        shapes = jax.eval_shape(self._initial_state, self.key)
+        placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+        return jax.tree.map(placed, shapes, shardings_of(self.mesh, shapes))
+
+    def compiling(self, kept: Kept | None) -> Future:
+        """The program key → values."""
+
+        def lower():
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
+            fast_to_compile = {"xla_backend_optimization_level": 1}  # it runs once, and the values are the same
+            function = jax.jit(self._initial_state, out_shardings=shardings, compiler_options=fast_to_compile)
+            return function.lower(self.key)
+
+        return compiling("initial state", lower, (self.key,), kept)
+
+
 def init_state(system: System, config: ConfigDict, mesh: Mesh, kept: Kept | None = None) -> TrainState:
     """A fresh state, laid out over the mesh; parameters depend on the seed alone."""
-
-    @jax.jit  # traced once for its shapes and for the values
-    def initial_state(key):
-        params = system.init(key)
-        return TrainState(
-            jnp.int32(0), params, make_transform(config, hparams_of(config), 0.0).init(params), system.state
-        )
-
-    def lower():
-        shardings = shardings_of(mesh, jax.eval_shape(initial_state, key))
-        fast_to_compile = {"xla_backend_optimization_level": 1}  # it runs once, and the values are the same
-        return jax.jit(initial_state, out_shardings=shardings, compiler_options=fast_to_compile).lower(key)
-
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    return compiled("initial state", lower, (key,), kept)(key)
+    start = Start(system, config, mesh)
+    return start.compiling(kept).result()(start.key)
 
 
 def make_train_steps(system: System, config: ConfigDict, mesh: Mesh, total_steps: int):
@@ -114,48 +134,56 @@ def _train_steps(loss: Callable, config: FrozenConfigDict, mesh: Mesh, total_ste
     return jax.jit(placed, donate_argnums=0, compiler_options=compiler_options())
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _plan(layout: Layout, seed: int, epoch: jax.Array) -> Plan:
-    return plan_epoch(layout, epoch_key(seed, epoch))
-
-
 @dataclasses.dataclass
 class Program:
     """The compiled steps of a run, with all that they read on the devices."""
 
-    seed: int
     mesh: Mesh
     key: jax.Array
+    order: jax.Array  # the order_key
     layout: Layout
     data: Any
     hparams: dict
-    steps: Any = None  # compiled
+    plans: Future  # → compiled: (layout, order, epoch) → its plan
+    steps: Future  # → compiled
     epoch: int = -1
     plan: Plan | None = None
 
+    def wait(self) -> None:
+        """Until all is compiled."""
+        self.plans.result(), self.steps.result()
+
     def run(self, state: TrainState, step: int, until: int) -> tuple[TrainState, dict]:
         """Dispatches steps `step` to `until` of one epoch and returns at once, before they are computed."""
-        arguments = self._arguments(step, until)
-        with jax.transfer_guard("disallow"):  # nothing is copied from or to the host unnoticed
-            return self.steps(state, *arguments)
-
-    def _arguments(self, step, until):
         if step // self.layout.steps != self.epoch:
             self.epoch = step // self.layout.steps
-            self.plan = _plan(self.layout, self.seed, np.int32(self.epoch))
+            self.plan = self.plans.result()(self.layout, self.order, replicate(self.mesh, np.int32(self.epoch)))
         count = replicate(self.mesh, np.int32(until - step))
-        return count, self.key, self.layout, self.plan, self.data, self.hparams
+        with jax.transfer_guard("disallow"):  # nothing is copied from or to the host unnoticed
+            return self.steps.result()(state, count, self.key, self.layout, self.plan, self.data, self.hparams)
 
 
 def compile_program(
-    system: System, config: ConfigDict, mesh: Mesh, layout: Layout, total_steps: int, state: TrainState,
+    system: System, config: ConfigDict, mesh: Mesh, layout: Layout, total_steps: int, start: Start,
     kept: Kept | None = None,
 ) -> Program:  # fmt: skip
     """Compiles, or finds among the kept ones, the one program that takes all steps; logs how long that took."""
     hparams = {name: np.float32(value) for name, value in hparams_of(config).items()}
-    inputs = (training_key(config.seed), layout, system.data, hparams)
-    program = Program(config.seed, mesh, *(replicate(mesh, tree) for tree in inputs))
-    arguments = (state, *program._arguments(int(state.step), 0))
-    steps = functools.partial(make_train_steps, system, config, mesh, total_steps)
-    program.steps = compiled("train step", lambda: steps().lower(*arguments), arguments, kept)
-    return program
+    inputs = (training_key(config.seed), order_key(config.seed), layout, system.data, hparams, np.int32(0))
+    key, order, layout, data, hparams, number = (replicate(mesh, tree) for tree in inputs)
+
+    @functools.partial(jax.jit, out_shardings=number.sharding)
+    def plan(layout, order, epoch):
+        return plan_epoch(layout, jax.random.fold_in(order, epoch))
+
+    def lower():
+        placed = functools.partial(jax.ShapeDtypeStruct, sharding=number.sharding)
+        shapes = jax.tree.map(lambda leaf: placed(leaf.shape, leaf.dtype), jax.eval_shape(plan, layout, order, number))
+        steps = make_train_steps(system, config, mesh, total_steps)
+        return steps.lower(start.shapes, number, key, layout, shapes, data, hparams)
+
+    # The shapes of the state are left out: they follow from what kept.source names, and to know them takes a trace.
+    steps = compiling("train step", lower, (key, layout, data, hparams), kept)
+    arguments = (layout, order, number)
+    plans = compiling("order of an epoch", lambda: plan.lower(*arguments), arguments, kept)
+    return Program(mesh, key, order, layout, data, hparams, plans, steps)

@@ -16,7 +16,7 @@ from seqrec_jax.data.prepare import prepare
 from seqrec_jax.main import main
 from seqrec_jax.sharding import make_mesh, replicate
 from seqrec_jax.systems import hparams_of
-from seqrec_jax.train_step import NO_STEP, compile_program, init_state, make_train_steps, training_key
+from seqrec_jax.train_step import NO_STEP, Start, compile_program, init_state, make_train_steps, training_key
 from seqrec_jax.workdir import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +125,7 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(cache, loss)
 def test_nothing_is_copied_to_the_device_unnoticed(tiny):
     config, mesh, system, layout, *_ = tiny
     state = init_state(system, config, mesh)
-    program = compile_program(system, config, mesh, layout, 10, state)
+    program = compile_program(system, config, mesh, layout, 10, Start(system, config, mesh))
     state, sums = program.run(state, 0, 2)
     assert int(state.step) == 2 and sums["bad_step"] == NO_STEP
     program.hparams["temperature"] = np.float32(1)

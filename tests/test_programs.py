@@ -54,7 +54,7 @@ def test_a_second_start_traces_nothing_and_computes_the_same(tmp_path, devices):
     assert "traced" not in second[2]
     assert second[:2] == first[:2]
     folder = tmp_path / ".cache" / "programs"
-    assert len(list(folder.glob("*.program"))) == 2 and any(folder.glob("jit_counts-*")), "JAX's cache keeps the others"
+    assert len(list(folder.glob("*.program"))) == 3 and any(folder.glob("jit_counts-*")), "JAX's cache keeps the others"
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def keep(parts, caplog):
     def compile_(function, x, **changes):
         caplog.clear()
         lower = functools.partial(jax.jit(lambda x: function(x)).lower, x)
-        program = programs.compiled("a sum", lower, (x,), dataclasses.replace(kept, **changes))
+        program = programs.compiling("a sum", lower, (x,), dataclasses.replace(kept, **changes)).result()
         return program(x), caplog.text
 
     return compile_
@@ -161,11 +161,14 @@ def test_a_kept_training_step_is_the_traced_one(parts, caplog):
         caplog.clear()
         train_step._train_steps.cache_clear()
         state = train_step.init_state(system, config, mesh, kept)
-        program = train_step.compile_program(system, config, mesh, layout, 5, state, kept)
+        start = train_step.Start(system, config, mesh)
+        program = train_step.compile_program(system, config, mesh, layout, 5, start, kept)
+        program.wait()
         return *jax.device_get(program.run(state, 0, 3)), caplog.text.count("found in")
 
     (plain, sums, _), *others = [after_three_steps(kept) for kept in (None, *[programs.kept(*parts)] * 2)]
-    assert [found for *_, found in others] == [0, 2]
+    assert [found for *_, found in others] == [0, 3]
+    assert jax.config.jax_enable_compilation_cache, "off only while the three programs were compiled, at once"
     for state, others_sums, _ in others:
         jax.tree.map(np.testing.assert_array_equal, (state, others_sums), (plain, sums))
 
@@ -197,6 +200,6 @@ def test_what_is_donated_stays_donated(parts, caplog):
         given = x + turn
         caplog.clear()
         lower = functools.partial(jax.jit(lambda x: x + 1, donate_argnums=0).lower, given)
-        program = programs.compiled("one more", lower, (given,), programs.kept(*parts))
+        program = programs.compiling("one more", lower, (given,), programs.kept(*parts)).result()
         np.testing.assert_array_equal(program(given), np.arange(8) + turn + 1)
         assert given.is_deleted() and told in caplog.text
