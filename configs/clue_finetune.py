@@ -34,7 +34,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.name = "clue_finetune"
     config.system = "downstream"
     config.task = "profile"
-    config.profile.labels = "" if "own" in argument.split(",") else "included"
+    config.profile.labels = "" if base.data_named(argument) == {"own"} else "included"
     config.init_from = "the workdir of a pretraining run"  # to be named, or emptied; no folder has this name
     config.eval.protocol = "B"  # next_item
     user_encoder(config)

@@ -47,7 +47,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config = base.get_config()
     config.name = "s3rec_pretrain"
     config.system = "s3rec"
-    config.data.attributes = "" if "own" in argument.split(",") else "included"
+    config.data.attributes = "" if base.data_named(argument) == {"own"} else "included"
     config.train.update(schedule="constant", batch_size=64, max_epochs=450, patience=0)
     if not base.data_named(argument):  # both stages alike, whatever their variants
         embedded(config)

@@ -95,7 +95,9 @@ def parse_arguments(argv: Sequence[str], config_in: Callable[[Path], str] | None
     if not source and config_in and workdir and flags["mode"] != "train":
         return arguments._replace(config=_overridden(from_json(config_in(workdir)), overrides))
     if not source:
-        raise UserError("--config is missing, as in --config=configs/cl4srec.py (--help shows all flags)")
+        raise UserError(
+            "--config is missing, as in --config=configs/cl4srec.py, or the --workdir of a run (--help: all flags)"
+        )
     config = load(source, overrides)
     return arguments._replace(config=config, workdir=workdir or default_workdir(config))
 
@@ -162,8 +164,8 @@ def load(path_and_argument: str, overrides: Iterable[tuple[str, str]] = ()) -> C
     """The locked config of `configs/NAME.py:ARGUMENT` or of a run's config.json, with overrides (dotted key, text)."""
     name, colon, argument = path_and_argument.partition(":")
     overrides = list(overrides)
-    if not argument and any(key in ("data.path", "data.name") and text for key, text in overrides):
-        argument = "own"
+    if any(key in ("data.path", "data.name") and text for key, text in overrides) and not name.endswith(".json"):
+        argument = ",".join(filter(None, (argument, "own")))
     path = Path(name).expanduser()
     if not path.is_file():
         raise unknown("the configuration file", name, sorted(map(str, path.parent.glob("*.py"))))

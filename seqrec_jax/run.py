@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 def train_and_evaluate(config: ConfigDict, workdir: Path, stop: threading.Event) -> dict:
     """Trains (or resumes) in `workdir`, evaluates the best checkpoint, runs the baselines; returns results.json."""
     with locked(workdir):
-        if config.init_from and not any((workdir / "checkpoints").glob("[0-9]*")):  # a run under way needs it no more
+        begun = [*workdir.glob("checkpoints/[0-9]*"), *workdir.glob("folds/*/checkpoints/[0-9]*")]
+        if config.init_from and not begun:  # a run under way needs it no more
             find_parent(config.init_from)  # what is missing is told before any work, and leaves no config.json
         settle_config(workdir, config)
         mesh = make_mesh(*mesh_shape(config, jax.device_count()))
@@ -69,11 +70,15 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, stop: threading.Event)
 
 def evaluate(config: ConfigDict, workdir: Path) -> dict:
     """Metrics of the best checkpoint of `workdir` under the protocol of `config`; the data file is read again."""
+    if config.task == "profile" and config.profile.folds > 1:
+        raise UserError(f"{workdir}: a profile in folds is judged once; see results.json, and folds/ for each of them")
     mesh = make_mesh(*mesh_shape(config, jax.device_count()))
     store, step, meta = checkpoint.find(workdir)
     trained = configuration.from_json(json.dumps(meta["config"]))
-    if (config.system, config.encoder.to_dict()) != (trained.system, trained.encoder.to_dict()):
-        raise UserError(f"{workdir} was trained with another system or encoder than the config has: leave --config out")
+    now, then = configuration.flatten(config), configuration.flatten(trained)
+    for key in now:  # of the last ones it follows who was trained on
+        if key.startswith(("system", "encoder.", "task", "split_seed", "profile.folds")) and now[key] != then[key]:
+            raise UserError(f"{workdir} was trained with config.{key}={then[key]}, not {now[key]}: leave --config out")
     if config.system == "clue":
         raise UserError(f"{workdir}: pretraining has no metrics; what it learned is in results.json (analysis)")
     dataset, tasks = _data(config, workdir)
@@ -82,7 +87,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict:
     params = checkpoint.restore_params(store, step, mesh)
     metrics = _metrics(config, dataset, system, params, mesh, tasks[0])
     results = _header(config, dataset) | metrics | {"best_step": step, "parent": meta.get("parent")}
-    write_json(workdir / f"results_{config.eval.protocol}.json", results)
+    write_json(workdir / f"results_{results['protocol']}.json", results)
     print(report.table(results))
     return results
 
@@ -220,7 +225,7 @@ def _header(config, dataset) -> dict:
     return {
         "system": config.system + (" gru" if config.encoder.kind == "gru" and config.system != "pop" else ""),
         "task": f"profile {report_['profile']['label']}" if config.task == "profile" else config.task,
-        "protocol": config.eval.protocol,
+        "protocol": protocol_of(config).name,
         "protocol_line": protocol_of(config).line(),
         "metric": protocol_of(config).metric,
         "negatives": config.eval.negatives or f"{config.eval.num_negatives} drawn, seed {config.eval.negatives_seed}",

@@ -62,6 +62,8 @@ def _downstream_conflicts(config: ConfigDict) -> Iterator[str]:
             f"profile.vectors={config.profile.vectors} stand for the encoder of task=profile; leave out other tasks, "
             "init_from (--config.init_from=) and freeze_encoder"
         )
+    if config.freeze_encoder and not task:
+        yield "freeze_encoder=True belongs to system=downstream (configs/clue_finetune.py); allowed: False"
     if not task:
         return
     if train.targets != "prefix":

@@ -11,7 +11,11 @@ os.environ.setdefault("PJRT_NPROC", "16")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Each worker, and every process its tests start, compiles a program once; JAX does not write atomically."""
+    """Each worker, and every process its tests start, compiles a program once; JAX does not write atomically. The quick
+    suite is many small programs, most of whose time is LLVM's optimizations: it goes without them.
+    """
+    if config.option.markexpr == "not slow":
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     config.add_cleanup(folder.cleanup)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name

@@ -183,7 +183,7 @@ def test_bad_files_are_explained(tmp_path, name, content, changes, said):
 def test_places_that_do_not_exist(tmp_path):
     with pytest.raises(UserError, match="none.json: no such file .config.data.attributes="):
         prepare(settings_of(tmp_path, attributes=tmp_path / "none.json"), tmp_path / "cache")
-    with pytest.raises(UserError, match="is no named data set: set --config.data.attributes=FILE"):
+    with pytest.raises(UserError, match="is no named data set in a data.dir: set --config.data.attributes=FILE"):
         prepare(settings_of(tmp_path, attributes="included"), tmp_path / "cache")
     with pytest.raises(UserError, match="attribute_separator is empty"):
         validate(load(BASE, [("data.attribute_separator", "")]), 1)

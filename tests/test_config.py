@@ -151,6 +151,16 @@ def test_both_stages_have_one_encoder_on_the_embedded_data_whatever_their_varian
     assert one == other and one.dim == 32
 
 
+@pytest.mark.parametrize(("file", "variant"), [("s3rec_pretrain.py", "mip"), ("clue_finetune.py", "probe")])
+def test_a_file_of_ones_own_has_the_recipe_for_real_data_whatever_the_variant(file, variant):
+    given = load(f"{CONFIGS / file}:{variant}", [("data.path", "mine.csv")])
+    assert given == load(f"{CONFIGS / file}:{variant},own", [("data.path", "mine.csv")])
+    embedded = load(f"{CONFIGS / file}:{variant}")
+    assert (given.encoder.dim, embedded.encoder.dim) == (64, 32)
+    if file == "clue_finetune.py":
+        assert (given.profile.labels, embedded.profile.labels) == ("", "included")
+
+
 def test_the_paper_variants_follow_the_papers():
     sasrec = load(f"{CONFIGS / 'sasrec.py'}:ml1m,paper")
     assert (sasrec.encoder.max_length, sasrec.encoder.hidden_dropout, sasrec.train.beta2) == (200, 0.2, 0.98)

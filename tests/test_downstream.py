@@ -223,6 +223,12 @@ def test_profile_in_folds_that_resume(pretrained, tmp_path, capsys):
     accuracies = [fold["test"]["accuracy"] for fold in folds]
     assert results["test"]["accuracy"] == pytest.approx(np.mean(accuracies))
     assert results["std"]["accuracy"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert results["protocol"] == "profile"
+    assert main(["--mode=evaluate", f"--workdir={tmp_path}"]) == 2
+    assert "a profile in folds is judged once" in capsys.readouterr().err
+    again = ["--mode=evaluate", f"--workdir={tmp_path}/folds/1", "--config.profile.folds=1"]
+    assert main(again) == 2, "another split would test users whom this fold was trained on"
+    assert "was trained with config.profile.folds=2, not 1" in capsys.readouterr().err
     assert np.sum(results["confusion"]) == 120 and results["parent"]["left_out"] == ["predictor", "projector"]
     assert (tmp_path / "plots" / "confusion.png").is_file()
     for path in (tmp_path / "results.json", tmp_path / "folds" / "1" / "results.json"):
@@ -266,7 +272,7 @@ def test_cold_start_and_next_item_from_the_same_checkpoint(pretrained, tmp_path,
     results = json.loads((tmp_path / "cold" / "results.json").read_text())
     assert {"mrr@10", "hr@10"} <= results["test"].keys() and results["metric"] == "mrr@10"
     assert main(["--mode=evaluate", f"--workdir={tmp_path}/cold"]) == 0
-    found = json.loads((tmp_path / "cold" / "results_B.json").read_text())
+    found = json.loads((tmp_path / "cold" / "results_cold_start.json").read_text())
     assert found["test"] == results["test"]
     targets.write_text(targets.read_text().replace("1 2 4", "1 2 5"))
     assert main(["--mode=evaluate", f"--workdir={tmp_path}/cold"]) == 2

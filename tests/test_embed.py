@@ -133,7 +133,8 @@ def test_histories_need_the_checkpoint_alone(runs, tmp_path, capsys):
 def test_eight_devices_give_the_vectors_of_one(runs, tmp_path):
     workdir = runs("sasrec")
     export(workdir, tmp_path / "one.parquet")
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PJRT_NPROC": "16"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags, "PJRT_NPROC": "16"}
     command = [sys.executable, "-m", "seqrec_jax.main", f"--workdir={workdir}", "--mode=embed",
                f"--out={tmp_path / 'eight.parquet'}", "--config.mesh.model=2", "--config.eval.batch_size=6",
                ]  # fmt: skip

@@ -239,7 +239,8 @@ def test_no_common_item_is_an_error(parent, child, make):
 def test_a_run_starts_at_step_0_with_a_fresh_optimiser_and_its_parents_name(parent, child, make, tmp_path):
     config, dataset, system = make(2, init_from=parent)
     store = checkpoint.open_store(tmp_path, create=True)
-    begun, progress, told = _begin(config, dataset, system, store, make_mesh(1, 1))
+    mesh = make_mesh(1, 1)
+    begun, progress, told = _begin(config, dataset, init_state(system, config, mesh), store, mesh)
     assert int(begun.step) == 0 and bits(begun.optimizer) == bits(child[0].optimizer)
     assert bits(begun.params) != bits(child[0].params) and progress.best_value is None
     old_config, old_dataset, _ = make(0, seed=1)

@@ -31,11 +31,12 @@ def attributes_path(config_data) -> Path | None:
     """The file that data.attributes names; None: the embedded data's own. Raises UserError where there is none."""
     if config_data.attributes != "included":
         path = Path(config_data.attributes).expanduser()
-    elif config_data.name:
+    elif config_data.name in ATTRIBUTES and config_data.dir:
         path = Path(config_data.dir).expanduser() / ATTRIBUTES[config_data.name]
-    elif config_data.path:
+    elif config_data.name or config_data.path:
         raise UserError(
-            f"data.attributes=included, but {config_data.path} is no named data set: set --config.data.attributes=FILE"
+            f"data.attributes=included, but {config_data.path or config_data.name} is no named data set in a data.dir: "
+            "set --config.data.attributes=FILE, or --config.data.dir=FOLDER"
         )
     else:
         return None

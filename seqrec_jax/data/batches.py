@@ -309,7 +309,10 @@ def place(items_UxL: jax.Array, length_U: jax.Array, batch: Batch, positions: st
 def cells(row_U, column_U, length_U, rows: int, width: int) -> tuple[jax.Array, jax.Array]:
     """(segments_RxL, offset_RxL): which history each cell belongs to (0 = none), and its place in that history."""
     owner_U = jnp.where(length_U > 0, jnp.arange(1, length_U.shape[0] + 1), 0)
-    begun_RxL = jnp.zeros((rows, width), jnp.int32).at[row_U, column_U].max(owner_U)
+    # Set, and empty slots dropped: a maximum or sum would be divided among the devices, and on a mesh with two axes
+    # that does not divide the slots, XLA (JAX 0.10 to 0.12) would write into the first row.
+    begun_RxL = jnp.zeros((rows, width), jnp.int32)
+    begun_RxL = begun_RxL.at[jnp.where(owner_U > 0, row_U, rows), column_U].set(owner_U, mode="drop")
     owner_RxL = jax.lax.cummax(begun_RxL, axis=1)
     offset_RxL = jnp.arange(width) - column_U[jnp.maximum(owner_RxL - 1, 0)]
     inside_RxL = (owner_RxL > 0) & (offset_RxL < length_U[jnp.maximum(owner_RxL - 1, 0)])

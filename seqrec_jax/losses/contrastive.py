@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from seqrec_jax.losses.softmax import softmax_loss
+from seqrec_jax.sharding import replicated
 
 
 def info_nce(
@@ -30,6 +31,9 @@ def info_nce(
     This is the softmax loss with the states as columns, a user's (or a target's) own ones left out; so its largest
     array is a chunk of the 2N x 2N similarities.
     """
+    # Whole on every device, and so their gradients: on a mesh with two axes that does not divide the users, XLA (JAX
+    # 0.10 to 0.12) would scatter a wrong gradient into the first row.
+    a_UxD, b_UxD = replicated(mesh, (a_UxD, b_UxD))
     states_2UxD, others_2UxD = jnp.concatenate([a_UxD, b_UxD]), jnp.concatenate([b_UxD, a_UxD])
     if similarity == "cosine":
         states_2UxD, others_2UxD = unit(states_2UxD), unit(others_2UxD)
