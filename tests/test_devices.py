@@ -76,8 +76,8 @@ def single(cache, tmp_path_factory):
 def test_eight_devices_give_the_losses_of_one(cache, single, tmp_path, system, mesh):
     _, expected = single(system)
     found = losses(cache, tmp_path, 8, system, mesh)
-    # CLUE's loss starts at 0; what stands before a batch normalisation has gradients of rounding alone, where Adam takes
-    # whole steps all the same.
+    # CLUE's loss starts at 0; what stands before a batch normalisation has gradients of rounding alone, and Adam takes
+    # whole steps of them.
     steps = 2e-4 if system == "clue_pretrain" else 0
     assert found[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-6)
     assert found == pytest.approx(expected[:5], rel=1e-5, abs=steps)
