@@ -40,7 +40,5 @@ def replicated(mesh: Mesh, tree):
 
 def split_rows(mesh: Mesh, batch):
     """Splits the rows of a batch (its [R, L] leaves) over "data"; the rest is whole on every device."""
-    spec = {2: PartitionSpec("data")}
-    return jax.tree.map(
-        lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec.get(x.ndim, PartitionSpec()))), batch
-    )
+    rows, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows if x.ndim == 2 else whole), batch)

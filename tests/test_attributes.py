@@ -185,6 +185,8 @@ def test_places_that_do_not_exist(tmp_path):
         prepare(settings_of(tmp_path, attributes=tmp_path / "none.json"), tmp_path / "cache")
     with pytest.raises(UserError, match="is no named data set in a data.dir: set --config.data.attributes=FILE"):
         prepare(settings_of(tmp_path, attributes="included"), tmp_path / "cache")
+    with pytest.raises(UserError, match="is no named data set in a data.dir"):  # its file is data.path's
+        prepare(settings_of(tmp_path, attributes="included", name="beauty"), tmp_path / "cache")
     with pytest.raises(UserError, match="attribute_separator is empty"):
         validate(load(BASE, [("data.attribute_separator", "")]), 1)
 

@@ -282,6 +282,7 @@ def test_an_open_end_is_outside(key):
         (["encoder.kind=gru", "encoder.filter=0.7"], ["encoder.filter=0.7", "encoder.kind=gru has no filter"]),
         (["system=cl4srec", "train.batch_size=1"], ["train.batch_size=1", "[2, inf)"]),
         (["train.max_epochs=0"], ["train.max_epochs=0", "[1, inf)"]),
+        (["freeze_encoder=true"], ["freeze_encoder=True", "belongs to system=downstream"]),
         (["train.keep_epochs=10,50,20"], ["train.keep_epochs=50", "train.max_epochs=40"]),
         (["init_from=RUN", "system=pop", "report.baselines="], ["init_from=RUN", "system=pop"]),
         (["train.warmup_steps=5", "train.max_steps=5"], ["train.warmup_steps=5", "train.max_steps=5"]),

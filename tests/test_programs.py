@@ -193,6 +193,15 @@ def test_a_program_that_cannot_be_written_is_told_and_runs(keep, tmp_path):
     assert not any(tmp_path.glob("*.program"))
 
 
+def test_jaxs_cache_is_off_until_the_last_of_several_is_compiled():
+    for _ in range(2):
+        with programs._no_cache:
+            with programs._no_cache:
+                assert not jax.config.jax_enable_compilation_cache
+            assert not jax.config.jax_enable_compilation_cache
+        assert jax.config.jax_enable_compilation_cache
+
+
 def test_what_is_donated_stays_donated(parts, caplog):
     caplog.set_level(logging.INFO)
     x = jnp.arange(8.0)
