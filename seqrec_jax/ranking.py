@@ -38,7 +38,7 @@ def count_better(
     items are read from the same products as the others, so ties are exact. NaN counts as above: it never helps.
     """
     rows = items_VxD.shape[0]
-    block = min(block, rows, MOST_COUNTED - 1)
+    block = min(block, rows)
     blocks = -(-rows // block)
     users = jnp.arange(states_UxD.shape[0])
 
@@ -59,22 +59,27 @@ def count_better(
         return scores[users[:, None], column], inside & own[column]
 
     def compare(scores, real):
-        """Per user, (how many scores are above the target's) + MOST_COUNTED * (how many equal it): one pass."""
-        weight = jnp.where(~(scores <= score_U[:, None]), 1, 0)
-        return jnp.where(real, jnp.where(scores == score_U[:, None], MOST_COUNTED, weight), 0).sum(axis=1)
+        """[2, U]: how many scores are above the target's, and how many equal it."""
+        above = jnp.where(scores <= score_U[:, None], 0.0, 1.0)
+        both = jnp.where(real, jnp.where(scores == score_U[:, None], float(MOST_COUNTED), above), 0)
+        # One pass for two counts; floats, because XLA's CPU backend sums integers several times slower.
+        parts = 1 << (-(-both.shape[1] // (MOST_COUNTED - 1)) - 1).bit_length()
+        both = jnp.pad(both, ((0, 0), (0, -both.shape[1] % parts))).reshape(len(both), parts, -1)
+        both_UxP = both.sum(axis=2).astype(jnp.int32)
+        return jnp.stack([both_UxP % MOST_COUNTED, both_UxP // MOST_COUNTED]).sum(axis=2)
 
     def count(index, sums):
         begin, scores, own = scores_of(index)
-        both = compare(scores, own)
+        found = compare(scores, own)
         if hidden is not None:
 
-            def without_hidden(piece, both):
+            def without_hidden(piece, found):
                 item, real = _hidden_piece(hidden, piece)
-                found, inside = scores_at(begin, scores, own, item)
-                return both - compare(found, inside & real & (item != targets_U[:, None]))
+                theirs, inside = scores_at(begin, scores, own, item)
+                return found - compare(theirs, inside & real & (item != targets_U[:, None]))
 
-            both = jax.lax.fori_loop(0, _pieces(hidden), without_hidden, both)
-        return sums[0] + both % MOST_COUNTED, sums[1] + both // MOST_COUNTED
+            found = jax.lax.fori_loop(0, _pieces(hidden), without_hidden, found)
+        return sums + found
 
     def target_score(index, score_U):
         found, inside = scores_at(*scores_of(index), targets_U[:, None])
@@ -83,15 +88,15 @@ def count_better(
     zeros = jnp.zeros(states_UxD.shape[0], jnp.int32)
     if blocks == 1:  # one product serves both
         score_U = target_score(0, jnp.zeros(zeros.shape))
-        greater_U, tied_U = count(0, (zeros, zeros))
+        greater_U, tied_U = count(0, 0)
     else:
         score_U = jax.lax.fori_loop(0, blocks, target_score, jnp.zeros(zeros.shape))
-        greater_U, tied_U = jax.lax.fori_loop(0, blocks, count, (zeros, zeros))
+        greater_U, tied_U = jax.lax.fori_loop(0, blocks, count, jnp.stack([zeros, zeros]))
     tied_U = jnp.maximum(tied_U - 1, 0)  # the target ties with itself
     return greater_U, tied_U, zeros > 0 if hidden is None else _is_hidden(targets_U, hidden)
 
 
-MOST_COUNTED = 2**15  # more than the items of a block, so that two counts fit one int32
+MOST_COUNTED = 2**12  # more than the scores of a part, so that float32 adds up two counts of them exactly
 
 PIECE = 64  # history items looked at at once
 
