@@ -113,8 +113,8 @@ def test_an_item_of_nan_counts_as_above():
     states = states + 0.5  # no state is zero
     items[20] = np.nan
     targets[:] = 21
-    greater, tied, _ = count_better(states, items, targets, ITEMS, None, 17)
-    items[20] = 0
+    greater, tied, _ = map(np.asarray, count_better(states, items, targets, ITEMS, None, 17))
+    items[20] = 0  # after the results are there: JAX may read a numpy array in place
     without = np.array(brute_counts(states, items, targets, [[20]] * len(targets))[:2])
     assert greater.tolist() == (without[0] + 1).tolist() and tied.tolist() == without[1].tolist()
 
