@@ -30,7 +30,7 @@ def main() -> int:
         data.write_lines(data.made_up(Sizes.users, Sizes.items), path)
         config = config_of(sasrec, Sizes(), path)
         dataset = prepare(config.data, Path(folder) / "prepared")
-    layout, _ = train_layout(config, dataset, make_mesh(1, 1))
+    layout = train_layout(config, dataset, make_mesh(1, 1))
     batch = jax.jit(batch_of)(jnp.asarray(dataset.items_A), layout, jax.jit(plan_epoch)(layout, None), 0)
     encoder, hparams, key = FrozenConfigDict(config.encoder), hparams_of(config), jax.random.key(0)
     params = jax.jit(transformer.init, static_argnums=(1, 2))(key, encoder, len(dataset.item_ids))

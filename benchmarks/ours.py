@@ -40,7 +40,7 @@ def training(config: ConfigDict, dataset: SequenceDataset, steps: int) -> Traini
     """Steps as a run takes them, batches gathered on the device, `steps` a dispatch; without the epoch's plan."""
     mesh, hparams = make_mesh(1, 1), hparams_of(config)
     system = systems.build(config, dataset, mesh)
-    layout, data = replicate(mesh, (train_layout(config, dataset, mesh)[0], system.data))
+    layout, data = replicate(mesh, (train_layout(config, dataset, mesh), system.data))
     state = init_state(system, config, mesh)
     arguments = (jnp.int32(steps), training_key(0), layout, jax.jit(plan_epoch)(layout, epoch_key(0, 0)), data, hparams)
     compiled = make_train_steps(system, config, mesh, layout.steps).lower(state, *arguments).compile()
@@ -75,7 +75,7 @@ def loss(targets_N: np.ndarray, dim: int, num_items: int, repeats: int = REPEATS
 def user_views(config: ConfigDict, dataset: SequenceDataset) -> tuple[Callable[[], float], Callable[[], float]]:
     """(CLUE's loss of a batch, two views, projector and predictor included; one causal pass of it), with gradients."""
     mesh, hparams, encoder = make_mesh(1, 1), hparams_of(config), FrozenConfigDict(config.encoder)
-    system, (layout, _) = systems.build(config, dataset, mesh), train_layout(config, dataset, mesh)
+    system, layout = systems.build(config, dataset, mesh), train_layout(config, dataset, mesh)
     params, data = jax.jit(system.init)(jax.random.key(0)), replicate(mesh, system.data)
     batch = jax.jit(batch_of)(data["items_A"], layout, jax.jit(plan_epoch)(layout, None), 0)
 
@@ -92,7 +92,7 @@ def user_views(config: ConfigDict, dataset: SequenceDataset) -> tuple[Callable[[
 
 def two_views(config: ConfigDict, dataset: SequenceDataset) -> Callable[[], float]:
     """The two augmented views of a batch, as CL4SRec draws them, placed in the batch's rows."""
-    layout, _ = train_layout(config, dataset, make_mesh(1, 1))
+    layout = train_layout(config, dataset, make_mesh(1, 1))
     items_A, hparams, mask_item = jnp.asarray(dataset.items_A), hparams_of(config), len(dataset.item_ids) + 1
     batch = jax.jit(batch_of)(items_A, layout, jax.jit(plan_epoch)(layout, None), 0)
 

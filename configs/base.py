@@ -143,7 +143,7 @@ def get_config(argument: str = "") -> ConfigDict:
     train.batch_size = 256  # histories per step (targets=prefix: prefixes per step)
     train.targets = "all"  # all (last max_length targets a user) | windows (every target once) | prefix
     train.packed = True  # several short histories share a row, where that saves rows; False: one history a row
-    train.max_epochs = 40  # a linear or cosine schedule ends here
+    train.max_epochs = 40  # a linear or cosine schedule ends here, or at max_steps if that comes first
     train.max_steps = 0  # 0 = no bound besides max_epochs
     train.max_seconds = 0.0  # training seconds, counted across resumes; 0 = no bound
     train.patience = 10  # validations without improvement before the run stops; 0 = never

@@ -19,7 +19,7 @@ from seqrec_jax.data.batches import (
     Examples,
     batch_of,
     history_examples,
-    make_layout,
+    layout_of,
     plan_epoch,
     train_counts,
 )
@@ -184,19 +184,12 @@ class Analysis:
 
 def make_sample(dataset: SequenceDataset, config: ConfigDict, size: int, mesh: Mesh) -> Sample:
     """At most `size` of the evaluated users, drawn with a fixed seed."""
-    held_out, width = HELD_OUT["valid"], config.encoder.max_length
-    everyone = history_examples(dataset, held_out, width)
+    held_out = HELD_OUT["valid"]
+    everyone = history_examples(dataset, held_out, config.encoder.max_length)
     count = len(everyone.user_E)
     chosen = np.sort(np.random.default_rng(0).choice(count, min(size, count), replace=False))
-    layout = make_layout(
-        Examples(everyone.start_E[chosen], everyone.length_E[chosen], everyone.user_E[chosen]),
-        ENCODED,
-        width,
-        positions=config.encoder.positions,
-        packed=config.train.packed,
-        row_multiple=mesh.shape["data"],
-        room=config.encoder.user_token,
-    )
+    sample = Examples(everyone.start_E[chosen], everyone.length_E[chosen], everyone.user_E[chosen])
+    layout = layout_of(sample, ENCODED, config, mesh)
     batches = _batches(jnp.asarray(dataset.items_A), layout)
     users = np.asarray(batches.users_U).reshape(-1)
     slot_N = np.flatnonzero(users >= 0)

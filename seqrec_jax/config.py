@@ -60,10 +60,10 @@ class Arguments(NamedTuple):
 # Command line ---------------------------------------------------------------------------------------------------------
 
 
-def parse_arguments(argv: Sequence[str], config_in: Callable[[Path], str] | None = None) -> Arguments:
+def parse_arguments(argv: Sequence[str], config_in: Callable[[Path], Mapping[str, Any]] | None = None) -> Arguments:
     """Reads the command line (without the program's name) and loads the configuration; `validate` comes after it.
 
-    `config_in` gives the config.json text inside a workdir's checkpoints, for a workdir that has nothing else.
+    `config_in` gives the config inside a workdir's checkpoints, for a workdir that has nothing else.
     """
     if "--help" in argv or "-h" in argv:
         print(USAGE)
@@ -93,7 +93,7 @@ def parse_arguments(argv: Sequence[str], config_in: Callable[[Path], str] | None
     if not source and workdir and (workdir / "config.json").is_file():
         source = str(workdir / "config.json")
     if not source and config_in and workdir and flags["mode"] != "train":
-        return arguments._replace(config=_overridden(from_json(config_in(workdir)), overrides))
+        return arguments._replace(config=_overridden(from_dict(config_in(workdir)), overrides))
     if not source:
         raise UserError(
             "--config is missing, as in --config=configs/cl4srec.py, or the --workdir of a run (--help: all flags)"
@@ -172,7 +172,8 @@ def load(path_and_argument: str, overrides: Iterable[tuple[str, str]] = ()) -> C
     if colon and path.suffix == ".json":
         raise UserError(f"{path}: a config.json takes no argument after the colon, got '{argument}'")
     try:
-        config = from_json(path.read_text()) if path.suffix == ".json" else _typed(_import(path).get_config(argument))
+        is_json = path.suffix == ".json"
+        config = from_json(path.read_text()) if is_json else from_dict(_import(path).get_config(argument))
     # What a configuration file can get wrong, in Python's or ConfigDict's words.
     except (UserError, ValueError, TypeError, AttributeError, KeyError, ImportError, NameError, SyntaxError) as error:
         raise UserError(f"{path}: {error}") from error
@@ -184,7 +185,7 @@ def _overridden(config: ConfigDict, overrides: Iterable[tuple[str, str]]) -> Con
     for key, text in overrides:
         _check_key(key, values)
         values[key] = _parse(key, values[key], text)
-    return _typed(values)
+    return from_dict(values)
 
 
 def to_json(config: ConfigDict) -> str:
@@ -194,7 +195,7 @@ def to_json(config: ConfigDict) -> str:
 
 def from_json(text: str) -> ConfigDict:
     """The locked config `to_json` wrote. A key that is newer than the file takes its default of configs/base.py."""
-    return _typed(json.loads(text))
+    return from_dict(json.loads(text))
 
 
 def save(config: ConfigDict, path: Path) -> None:
@@ -230,7 +231,7 @@ def _base() -> ConfigDict:
     return _import(ROOT / "configs" / "base.py").get_config()
 
 
-def _typed(values: Mapping[str, Any] | ConfigDict) -> ConfigDict:
+def from_dict(values: Mapping[str, Any] | ConfigDict) -> ConfigDict:
     """The locked base config with `values` (nested, or with dotted keys), each of its default's type."""
     config = _base()
     defaults = flatten(config)

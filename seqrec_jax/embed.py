@@ -1,6 +1,5 @@
 """Vectors as a product: of all users of a run's data, of the histories in a file, or of the items."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -104,37 +103,28 @@ def user_vectors(model: Model, histories: Histories, mesh: Mesh, batch_size: int
 
     waiting = None
     for first in range(0, len(histories.user_ids), CHUNK):
-        packed = pack_steps(histories, first, first + CHUNK, encoder.max_length, width, rows)
-        states = [step(model.params, *arrays) for arrays in zip(*packed.arrays, strict=True)]
+        steps, slot_U = pack_steps(histories, first, first + CHUNK, encoder.max_length, width, rows)
+        states = [step(model.params, *arrays) for arrays in zip(*steps, strict=True)]
         if waiting:
             yield _collect(*waiting)
-        waiting = first, packed, states
+        waiting = first, slot_U, states
     if waiting:
         yield _collect(*waiting)
 
 
-def _collect(first: int, packed: "Steps", states: list[jax.Array]) -> tuple[int, np.ndarray]:
-    states_NxD = np.concatenate(jax.device_get(states))
-    return first, states_NxD[packed.slot_U]
+def _collect(first: int, slot_U: np.ndarray, states: list[jax.Array]) -> tuple[int, np.ndarray]:
+    return first, np.concatenate(jax.device_get(states))[slot_U]
 
 
-@dataclasses.dataclass(frozen=True)
-class Steps:
-    """Some users' histories in T steps of equal shape."""
+def pack_steps(
+    histories: Histories, first: int, last: int, max_length: int, width: int, rows: int
+) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """The users first..last - 1 in T steps of equal shape.
 
-    items_TxA: np.ndarray  # int32, each step's cells, row after row
-    row_TxU: np.ndarray
-    column_TxU: np.ndarray
-    length_TxU: np.ndarray  # 0: an empty slot
-    slot_U: np.ndarray  # each user's place among all T * U slots
-
-    @property
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        return self.items_TxA, self.row_TxU, self.column_TxU, self.length_TxU
-
-
-def pack_steps(histories: Histories, first: int, last: int, max_length: int, width: int, rows: int) -> Steps:
-    """The users first..last - 1. Slots a step are a power of two: few shapes to compile, whatever the lengths."""
+    Returns int32 (items_TxA, each step's cells row after row; row_TxU, column_TxU, length_TxU, 0 for an empty slot) and
+    slot_U, each user's place among all T * U slots. Slots a step are a power of two: few shapes to compile, whatever
+    the lengths.
+    """
     offsets_U1 = histories.offsets_U1[first : last + 1]
     length_U = np.minimum(np.diff(offsets_U1), max_length)
     row_U, column_U = np.empty((2, len(length_U)), np.int64)
@@ -160,4 +150,4 @@ def pack_steps(histories: Histories, first: int, last: int, max_length: int, wid
     number_A = np.arange(length_U.sum())
     source_A = histories.items_A[np.repeat(from_U - before_U, length_U) + number_A]
     cells_A[np.repeat(to_U - before_U, length_U) + number_A] = source_A
-    return Steps(cells_A.reshape(steps, -1), *of_slots.reshape(3, steps, slots), slot_U)
+    return (cells_A.reshape(steps, -1), *of_slots.reshape(3, steps, slots)), slot_U

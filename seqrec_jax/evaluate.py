@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from seqrec_jax import ranking
-from seqrec_jax.data.batches import Batch, Layout, batch_of, history_examples, make_layout, plan_epoch
+from seqrec_jax.data.batches import Batch, Layout, batch_of, history_examples, layout_of, plan_epoch
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.files import read_bytes
 from seqrec_jax.errors import UserError
@@ -90,15 +90,6 @@ def make_evaluator(dataset: SequenceDataset, config: ConfigDict, split: str, mes
     examples = history_examples(dataset, held_out, config.encoder.max_length)
     if not len(examples.user_E):
         raise UserError("no user has 3 items or more, so nothing can be evaluated; see data_report.json")
-    layout = make_layout(
-        examples,
-        config.eval.batch_size,
-        config.encoder.max_length,
-        positions=config.encoder.positions,
-        packed=config.train.packed,
-        row_multiple=mesh.shape["data"],
-        room=config.encoder.user_token,
-    )
     target_U = np.zeros(len(dataset.user_ids), np.int32)
     target_U[examples.user_E] = dataset.items_A[dataset.offsets_U1[examples.user_E + 1] - held_out]
     arrays = {
@@ -111,7 +102,7 @@ def make_evaluator(dataset: SequenceDataset, config: ConfigDict, split: str, mes
         arrays["negatives_UxK"] = negatives_of(dataset, config, examples.user_E)
     return Evaluator(
         protocol=protocol,
-        layout=replicate(mesh, layout),
+        layout=replicate(mesh, layout_of(examples, config.eval.batch_size, config, mesh)),
         arrays=replicate(mesh, arrays),
         num_items=len(dataset.item_ids),
         users=len(examples.user_E),

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from seqrec_jax import ranking
-from seqrec_jax.data.batches import Layout, batch_of, make_layout, plan_epoch
+from seqrec_jax.data.batches import Layout, batch_of, layout_of, plan_epoch
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.tasks import Task
 from seqrec_jax.evaluate import BLOCK_SCORES
@@ -70,11 +70,7 @@ def make_task_evaluator(
     task: Task, part: str, dataset: SequenceDataset, config: ConfigDict, mesh: Mesh
 ) -> TaskEvaluator:
     """The evaluator of `part` (valid or test)."""
-    encoder = config.encoder
-    layout = make_layout(
-        task.parts[part], config.eval.batch_size, encoder.max_length, positions=encoder.positions,
-        packed=config.train.packed, row_multiple=mesh.shape["data"], room=encoder.user_token,
-    )  # fmt: skip
+    layout = layout_of(task.parts[part], config.eval.batch_size, config, mesh)
     arrays = replicate(mesh, (layout, dataset.items_A, task.class_E))
     return TaskEvaluator(protocol_of(config), *arrays, len(task.names), config.task == "cold_start", mesh)
 

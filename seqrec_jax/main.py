@@ -5,7 +5,6 @@ command to continue.
 """
 
 import gc
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -85,11 +84,11 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _config_in(workdir: Path) -> str:
-    """The config of the best checkpoint, as JSON."""
+def _config_in(workdir: Path) -> dict:
+    """The config of the best checkpoint."""
     from seqrec_jax import checkpoint
 
-    return json.dumps(checkpoint.find(workdir)[2]["config"])
+    return checkpoint.find(workdir)[2]["config"]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ arguments. Where that is new, it is traced and found by its text, which serves r
 """
 
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import logging
@@ -48,11 +47,9 @@ def kept(system: System, config: ConfigDict, mesh: Mesh, data_hash: str) -> Kept
     several processes, for a folder that is no local one, and for a system from outside this package, because nobody
     knows what that is made from.
     """
-    folder, loss = jax.config.jax_compilation_cache_dir, system.loss
-    while isinstance(loss, functools.partial):
-        loss = loss.func
+    folder = jax.config.jax_compilation_cache_dir
     local = folder and "://" not in folder
-    if not local or jax.process_count() > 1 or loss.__module__.split(".")[0] != __package__:
+    if not local or jax.process_count() > 1 or system.loss.__module__.split(".")[0] != __package__:
         return None
     compiler = _digest(_machine(mesh), _package())
     return Kept(Path(folder), _digest(compiler, config_hash(config), data_hash), compiler, mesh)

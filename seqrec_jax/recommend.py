@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,15 +32,21 @@ class Recommendations:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Recommender:
-    """A trained model with its vocabulary."""
+class Model:
+    """What a checkpoint holds, ready to be asked."""
 
     system: systems.System
     params: dict
     item_ids: np.ndarray
-    max_length: int
-    room: int  # cells behind each history: one where the model reads a [UR] token
-    positions: str
+    config: ConfigDict  # of the run
+    meta: dict  # of the checkpoint
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recommender:
+    """Ranks items by a trained model."""
+
+    model: Model
 
     def recommend(
         self, histories: Sequence[Sequence[str]], k: int = 10, *, hide_history: bool = True
@@ -53,24 +58,25 @@ class Recommender:
         """
         if isinstance(histories, str) or any(isinstance(history, str) for history in histories):
             raise UserError('histories are lists of item ids, as in [["12", "7"]], not text')
-        dense = {item: row for row, item in enumerate(self.item_ids.tolist(), 1)}
+        item_ids = self.model.item_ids
+        dense = {item: row for row, item in enumerate(item_ids.tolist(), 1)}
         known = [[dense[str(item)] for item in history if str(item) in dense] for history in histories]
         for number, (history, items) in enumerate(zip(histories, known, strict=True), 1):
             if not items:
                 raise UserError(f"history {number} ({', '.join(map(str, history))}) has no item this model knows")
-            left = len(self.item_ids) - (len(set(items)) if hide_history else 0)
+            left = len(item_ids) - (len(set(items)) if hide_history else 0)
             if not 1 <= k <= left:
                 raise UserError(f"k={k} is out of range for history {number}; allowed: 1 to {left}")
         result = Recommendations([], [], [])
         for begin in range(0, len(known), GROUP):
             group = known[begin : begin + GROUP]
-            scores_UxV = np.array(self._scores(self.params, *self._flat(group)))[: len(group)]
+            scores_UxV = np.array(self._scores(self.model.params, *self._flat(group)))[: len(group)]
             for items, scores_V in zip(group, scores_UxV, strict=True):
-                scores_V[0] = scores_V[len(self.item_ids) + 1 :] = -np.inf
+                scores_V[0] = scores_V[len(item_ids) + 1 :] = -np.inf
                 if hide_history:
                     scores_V[items] = -np.inf
                 best = np.argsort(-scores_V, kind="stable")[:k]
-                result.items.append(self.item_ids[best - 1].tolist())
+                result.items.append(item_ids[best - 1].tolist())
                 result.scores.append(scores_V[best].tolist())
         unknown = ([str(item) for item in history if str(item) not in dense] for history in histories)
         result.unknown.extend(unknown)
@@ -78,46 +84,36 @@ class Recommender:
 
     def _flat(self, group: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         """The last max_length items of GROUP histories one after the other, each in max_length places; lengths."""
-        items = np.zeros((GROUP, self.max_length), np.int32)
-        lengths = np.zeros(GROUP, np.int32)
+        width = self.model.config.encoder.max_length
+        items, lengths = np.zeros((GROUP, width), np.int32), np.zeros(GROUP, np.int32)
         for row, history in enumerate(group):
-            recent = history[-self.max_length :]
+            recent = history[-width:]
             items[row, : len(recent)], lengths[row] = recent, len(recent)
         return items.reshape(-1), lengths
 
     @functools.partial(jax.jit, static_argnums=0)  # compiled once for a Recommender
     def _scores(self, params, items_A, length_U):
-        rows = jnp.arange(GROUP)
+        rows, encoder = jnp.arange(GROUP), self.model.config.encoder
         batch = rows_of(
             items_A,
             users_U=rows,
-            start_U=rows * self.max_length,
+            start_U=rows * encoder.max_length,
             length_U=length_U,
             row_U=rows,
             column_U=jnp.zeros(GROUP, jnp.int32),
             rows=GROUP,
-            width=self.max_length + self.room,
+            width=encoder.max_length + encoder.user_token,
             last_target_only=False,
-            positions=self.positions,
+            positions=encoder.positions,
         )
-        return jnp.matmul(self.system.states(params, batch), params["items"].T, precision=jax.lax.Precision.HIGHEST)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Model:
-    """What a checkpoint holds, ready to be asked."""
-
-    system: systems.System
-    params: dict
-    item_ids: np.ndarray
-    config: ConfigDict  # of the run
-    meta: dict  # of the checkpoint
+        states_UxD = self.model.system.states(params, batch)
+        return jnp.matmul(states_UxD, params["items"].T, precision=jax.lax.Precision.HIGHEST)
 
 
 def load_model(workdir: Path, mesh: Mesh, name: str = "best") -> Model:
     """A checkpoint of `workdir` (best, last, ...) on `mesh`, with no data file."""
     store, step, meta = checkpoint.find(workdir, name)
-    config = configuration.from_json(json.dumps(meta["config"]))
+    config = configuration.from_dict(meta["config"])
     with config.unlocked():
         config.loss.next_item = "full"  # nothing is trained here, so no negatives are prepared
     nothing, item_ids = np.zeros(0, np.int32), np.array(meta["items"])
@@ -134,7 +130,4 @@ def load(workdir: str | Path) -> Recommender:
         raise UserError(
             f"{workdir}: its users do not rank items (system={model.config.system}); start a finetuning from it"
         )
-    encoder = model.config.encoder
-    return Recommender(
-        model.system, model.params, model.item_ids, encoder.max_length, int(encoder.user_token), encoder.positions
-    )
+    return Recommender(model)

@@ -74,7 +74,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict:
         raise UserError(f"{workdir}: a profile in folds is judged once; see results.json, and folds/ for each of them")
     mesh = make_mesh(*mesh_shape(config, jax.device_count()))
     store, step, meta = checkpoint.find(workdir)
-    trained = configuration.from_json(json.dumps(meta["config"]))
+    trained = configuration.from_dict(meta["config"])
     now, then = configuration.flatten(config), configuration.flatten(trained)
     for key in now:  # of the last ones it follows who was trained on
         if key.startswith(("system", "encoder.", "task", "split_seed", "profile.folds")) and now[key] != then[key]:
@@ -110,31 +110,20 @@ def train_examples(config: ConfigDict, dataset: SequenceDataset, task: Task | No
     return batches.train_examples(dataset, config.train.targets, config.encoder.max_length, whole=whole)
 
 
-def train_layout(
-    config: ConfigDict, dataset: SequenceDataset, mesh: Mesh, task: Task | None = None
-) -> tuple[batches.Layout, int]:
-    """The training examples of `train.targets` in rows, and how many targets were dropped."""
-    train, encoder = config.train, config.encoder
+def train_layout(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh, task: Task | None = None) -> batches.Layout:
+    """The training examples in rows; says how full they are."""
     examples = train_examples(config, dataset, task)
     if not len(examples.user_E):
         raise UserError("no user has two training items, so there is nothing to predict; see data_report.json")
-    layout = batches.make_layout(
-        examples,
-        train.batch_size,
-        encoder.max_length,
-        positions=encoder.positions,
-        packed=train.packed,
-        last_target_only=train.targets == "prefix",
-        row_multiple=mesh.shape["data"],
-        room=encoder.user_token,
-    )
+    last_target_only = config.train.targets == "prefix"
+    layout = batches.layout_of(examples, config.train.batch_size, config, mesh, last_target_only=last_target_only)
     cells = layout.steps * layout.rows * layout.width
     log.info(
         "%s: %d steps of %d rows of %d cells, %.0f%% full",
         "several histories a row" if layout.packed else "one history a row",
         layout.steps, layout.rows, layout.width, 100 * examples.length_E.sum() / cells,
     )  # fmt: skip
-    return layout, examples.dropped_targets
+    return layout
 
 
 def cache_dir(config: ConfigDict, workdir: Path) -> Path:
@@ -160,7 +149,7 @@ def _results(config, workdir, dataset, system, mesh, stop, task=None) -> dict:
         store = checkpoint.open_store(workdir, create=True)
         checkpoint.save(store, state, identity(config, dataset) | {"best_step": 0})
         return results | _metrics(config, dataset, system, params, mesh, None) | {"steps": 0, "train_seconds": 0.0}
-    layout, _ = train_layout(config, dataset, mesh, task)
+    layout = train_layout(config, dataset, mesh, task)
     validate = _evaluator(config, dataset, "valid", mesh, task)
     analysis = None if task else Analysis(dataset, config, mesh)
     kept = programs.kept(system, config, mesh, dataset.hash)

@@ -316,7 +316,7 @@ def pretrained(variant, cache_dir):
     config = load(f"{PRETRAIN}:{variant}", [])
     dataset = prepare(config.data, cache_dir)
     system = systems.build(config, dataset, MESH)
-    layout, _ = train_layout(config, dataset, MESH)
+    layout = train_layout(config, dataset, MESH)
     hparams = {name: np.float32(value) for name, value in hparams_of(config).items()}
     data = replicate(MESH, system.data)
     plan = batches.plan_epoch(layout, jax.random.key(0))

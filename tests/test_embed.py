@@ -114,7 +114,7 @@ def test_every_system_gives_its_own_states(runs, tmp_path, name, changes):
 def test_histories_need_the_checkpoint_alone(runs, tmp_path, capsys):
     workdir = runs("sasrec")
     shutil.copytree(workdir / "checkpoints", tmp_path / "run" / "checkpoints")
-    known = seqrec_jax.load(workdir).item_ids[:3].tolist()
+    known = seqrec_jax.load(workdir).model.item_ids[:3].tolist()
     (tmp_path / "h.csv").write_text(
         "who,item_id,timestamp\n" + "".join(f"{u},{i},{t}\n" for u, i, t in (
             ("b", known[0], 2), ("a", known[2], 1), ("b", known[1], 1), ("c", "unheard of", 1), ("a", "?", 5)))

@@ -115,7 +115,7 @@ def test_every_system_trains_the_encoder_of_its_config(tmp_path_factory, name):
     tiny = {"data.synthetic_users": 100, "data.synthetic_items": 300, "encoder.kind": "gru", "train.batch_size": 24}
     config = load(str(ROOT / "configs" / f"{name}.py"), [(key, str(value)) for key, value in tiny.items()])
     dataset, mesh = prepare(config.data, tmp_path_factory.getbasetemp() / "cache"), make_mesh(1, 1)
-    system, (layout, _) = systems.build(config, dataset, mesh), run.train_layout(config, dataset, mesh)
+    system, layout = systems.build(config, dataset, mesh), run.train_layout(config, dataset, mesh)
     params = jax.eval_shape(system.init, jax.random.key(0))
     assert all(layer.startswith("layer_") for layer in params["encoder"])
     step = lambda data: (batch_at(data["items_A"], layout, 0, 0), jax.random.key(0), hparams_of(config), data)  # noqa: E731

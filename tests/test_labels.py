@@ -101,13 +101,13 @@ def test_bad_labels_are_explained(tmp_path, name, content, changes, said):
 def test_folds_are_of_the_labelled_users_and_can_be_learned(tmp_path):
     label_U = np.array([-1, *([0, 1] * 10)], np.int32)
     known = labels.Labels("taste", label_U, np.array(["a", "b"]), {}, "")
-    folds = labels.folds(known, 5, 0)
+    folds = labels.splits_of(known, 5, 0)
     assert sorted(np.concatenate([fold.test for fold in folds])) == list(range(1, 21))
-    single = labels.single_split(known, 0)
+    (single,) = labels.splits_of(known, 1, 0)
     assert (len(single.train), len(single.valid), len(single.test)) == (16, 1, 3)
     lonely = labels.Labels("taste", np.array([0] * 9 + [1], np.int32), known.classes, {}, "")
     with pytest.raises(UserError, match="all have the same taste"):
-        labels.folds(lonely, 5, 0)
+        labels.splits_of(lonely, 5, 0)
 
 
 def test_the_embedded_data_has_labels(tmp_path):

@@ -59,7 +59,7 @@ def tiny(cache):
     mesh = make_mesh(1, 1)
     dataset = prepare(config.data, cache)
     system = systems.build(config, dataset, mesh)
-    layout, _ = run.train_layout(config, dataset, mesh)
+    layout = run.train_layout(config, dataset, mesh)
     plan = plan_epoch(layout, epoch_key(config.seed, 0))
     return config, mesh, system, layout, plan, replicate(mesh, system.data), make_train_steps(system, config, mesh, 10)
 
@@ -109,7 +109,7 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(cache, loss)
         mesh = make_mesh(1, 1)
         dataset = prepare(config.data, cache)
         system = systems.build(config, dataset, mesh)
-        layout, _ = run.train_layout(config, dataset, mesh)
+        layout = run.train_layout(config, dataset, mesh)
         assert layout.packed == packed and layout.steps == 1
         batch = batch_of(system.data["items_A"], layout, plan_epoch(layout, jax.random.key(1)), 0)
         hparams = hparams_of(config) | {"embedding_dropout": 0.0, "hidden_dropout": 0.0}

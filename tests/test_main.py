@@ -231,15 +231,15 @@ def test_histories_do_not_influence_each_other(odd):
 
 def test_equal_scores_by_lower_id(odd):
     recommender = seqrec_jax.load(odd[0])
-    object.__setattr__(recommender, "params", recommender.params | {"items": recommender.params["items"] * 0})
-    found = recommender.recommend([[recommender.item_ids[2]]], 5)
-    assert found.items[0] == recommender.item_ids[[0, 1, 3, 4, 5]].tolist()
+    object.__setattr__(recommender.model, "params", recommender.model.params | {"items": recommender.model.params["items"] * 0})
+    found = recommender.recommend([[recommender.model.item_ids[2]]], 5)
+    assert found.items[0] == recommender.model.item_ids[[0, 1, 3, 4, 5]].tolist()
 
 
 @pytest.mark.parametrize("k", [0, -1, 17, 10**9])
 def test_k_out_of_range_is_an_error_with_the_bounds(odd, k):
     recommender = seqrec_jax.load(odd[0])
-    left = len(recommender.item_ids) - 2
+    left = len(recommender.model.item_ids) - 2
     with pytest.raises(UserError, match=f"k={k} is out of range for history 1; allowed: 1 to {left}"):
         recommender.recommend([["007", "a b", "007"]], k)
 

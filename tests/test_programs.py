@@ -155,7 +155,7 @@ def test_a_kept_training_step_is_the_traced_one(parts, caplog):
     """Every number of the state after three steps, from programs traced, compiled and kept, and found."""
     caplog.set_level(logging.INFO)
     system, config, mesh, _ = parts
-    layout, _ = run.train_layout(config, prepare(config.data, programs.kept(*parts).folder / "data"), mesh)
+    layout = run.train_layout(config, prepare(config.data, programs.kept(*parts).folder / "data"), mesh)
 
     def after_three_steps(kept):
         caplog.clear()

@@ -112,7 +112,7 @@ def with_attributes(dataset: SequenceDataset, table: tables.Table, source: str) 
         "items_without": int((count_V == 0).sum()),
         "unknown_items": read["item"].n_unique() - known["item"].n_unique(),
         "repeats": len(pairs) - len(sets),
-        "rejected": {r.reason: {"count": r.count, "first": f"{source}:{r.line}: {r.text}"} for r in table.rejections},
+        "rejected": table.rejected(source),
     }
     return dataclasses.replace(
         dataset,

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.splits import trained_on
@@ -217,6 +219,17 @@ def make_layout(
         last_target_only=last_target_only,
         positions=positions,
     )
+
+
+def layout_of(
+    examples: Examples, batch_size: int, config: ConfigDict, mesh: Mesh, *, last_target_only: bool = False
+) -> Layout:
+    """The Layout of `examples` that the config asks for, in rows that the mesh divides."""
+    encoder = config.encoder
+    return make_layout(
+        examples, batch_size, encoder.max_length, positions=encoder.positions, packed=config.train.packed,
+        last_target_only=last_target_only, row_multiple=mesh.shape["data"], room=encoder.user_token,
+    )  # fmt: skip
 
 
 @struct.dataclass

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from seqrec_jax.config import ROOT
 from seqrec_jax.config import load as load_config
-from seqrec_jax.data import sources, splits, tables
+from seqrec_jax.data import sources, tables
 from seqrec_jax.data.attributes import MOVIES
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.prepare import build
@@ -42,16 +42,11 @@ class ColdStart:
         """The users who have targets."""
         return np.flatnonzero(np.diff(self.offsets_U1))
 
-    def split(self, seed: int) -> splits.Split:
-        """80 / 5 / 15 percent of these users, as in CLUE's paper."""
-        return splits.split_users(self.users_N, seed)
-
-    def examples(self, users_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(user, target) of each target of `users_N`: a user with g targets is g examples."""
+    @property
+    def user_N(self) -> np.ndarray:
+        """Whose target each is."""
         count_U = np.diff(self.offsets_U1)
-        user_E = np.repeat(np.arange(len(count_U)), count_U)
-        chosen_E = np.isin(user_E, users_N)
-        return user_E[chosen_E].astype(np.int32), self.targets_N[chosen_E]
+        return np.repeat(np.arange(len(count_U), dtype=np.int32), count_U)
 
 
 def read_targets(config: ConfigDict, dataset: SequenceDataset) -> ColdStart:
@@ -100,7 +95,7 @@ def join_targets(table: tables.Table, dataset: SequenceDataset, source: str) -> 
         "users_without_target": int((count_U == 0).sum()),
         "targets_without_user": len(table.frame) - len(known),
         "repeats": len(known) - len(once),
-        "rejected": {r.reason: {"count": r.count, "first": f"{source}:{r.line}: {r.text}"} for r in table.rejections},
+        "rejected": table.rejected(source),
     }
     digest = hashlib.sha256(json.dumps(items.to_list()).encode() + targets_N.tobytes() + offsets_U1.tobytes())
     target_ids = np.array(items.to_list(), np.str_)
@@ -128,8 +123,7 @@ def make_cold_start(
     The items of `histories` (oldest first) are cut at the median of their release years: the older half, the median
     year included, is the source catalogue, the rest the target catalogue. A user's targets are the first `targets`
     items of the newer half; the source is what the user met of the older half before the first of them. Nothing met
-    later is used. Users without a target, or without a source item, are left out and counted. Nothing is drawn here;
-    ColdStart.split is seeded.
+    later is used. Users without a target, or without a source item, are left out and counted. Nothing is drawn.
     """
     catalogue = {item for history in histories.values() for item in history}
     median = float(np.median([years[item] for item in catalogue]))

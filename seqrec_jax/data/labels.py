@@ -110,7 +110,7 @@ def join_labels(table: tables.Table, dataset: SequenceDataset, name: str, source
         "users_without_label": int((labels < 0).sum()),
         "labels_without_user": len(first) - sum(counts.values()),
         "repeats": len(table.frame) - len(first),
-        "rejected": {r.reason: {"count": r.count, "first": f"{source}:{r.line}: {r.text}"} for r in table.rejections},
+        "rejected": table.rejected(source),
     }
     digest = hashlib.sha256(labels.tobytes() + json.dumps(list(counts)).encode()).hexdigest()[:16]
     return Labels(name, labels, np.array(list(counts), np.str_), report, digest)
@@ -127,20 +127,13 @@ def report_line(known: dict) -> str:
     )
 
 
-def folds(labels: Labels, count: int, seed: int) -> list[splits.Split]:
-    """`count` splits of the labelled users, each tested once (data.splits.split_folds)."""
-    return [_learnable(split, labels) for split in splits.split_folds(labels.users_N, count, seed)]
-
-
-def single_split(labels: Labels, seed: int) -> splits.Split:
-    """80 / 5 / 15 percent of the labelled users, as in CLUE's paper."""
-    return _learnable(splits.split_users(labels.users_N, seed), labels)
-
-
-def _learnable(split: splits.Split, labels: Labels) -> splits.Split:
-    if len(np.unique(labels.label_U[split.train])) < 2:
+def splits_of(labels: Labels, folds: int, seed: int) -> list[splits.Split]:
+    """The labelled users in `folds` splits that test each of them once, or in one of 80 / 5 / 15 percent."""
+    users_N = labels.users_N
+    found = splits.split_folds(users_N, folds, seed) if folds > 1 else [splits.split_users(users_N, seed)]
+    if any(len(np.unique(labels.label_U[split.train])) < 2 for split in found):
         raise UserError(f"the training users of a split all have the same {labels.name}: too few users, or too alike")
-    return split
+    return found
 
 
 def _by_number(entry: tuple[str, int]) -> tuple[int, str]:

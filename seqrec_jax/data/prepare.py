@@ -98,7 +98,7 @@ def build(
         "source": source,
         "format": form,
         "rows_read": table.rows_read,
-        "rejected": {r.reason: {"count": r.count, "first": f"{source}:{r.line}: {r.text}"} for r in table.rejections},
+        "rejected": table.rejected(source),
         "blank_lines": table.blank_lines,
         "repeats": {"count": read.height - unique.height, "policy": repeats},
         "kcore": {

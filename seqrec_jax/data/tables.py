@@ -32,6 +32,10 @@ class Table:
     blank_lines: int = 0
     rejections: tuple[Rejection, ...] = ()
 
+    def rejected(self, source: str) -> dict:
+        """{reason: {count, first}}, for a report."""
+        return {r.reason: {"count": r.count, "first": f"{source}:{r.line}: {r.text}"} for r in self.rejections}
+
 
 def read_table(
     path: Path, form: str, columns: Mapping[str, str], on_bad_row: str = "error", names: Sequence[str] = ()

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from seqrec_jax.data import cold_start, labels
 from seqrec_jax.data.batches import Examples, history_examples
 from seqrec_jax.data.dataset import SequenceDataset
-from seqrec_jax.data.splits import Split, trained_on
+from seqrec_jax.data.splits import Split, split_users, trained_on
 from seqrec_jax.data.vectors import read_vectors
 
 
@@ -34,14 +34,14 @@ def read_tasks(config: ConfigDict, dataset: SequenceDataset) -> list[Task]:
     `data.train_fraction` is the share of a split's training users that is trained on. Raises UserError.
     """
     if config.task == "profile":
-        found, seed, count = labels.read_labels(config, dataset), config.split_seed, config.profile.folds
-        splits = labels.folds(found, count, seed) if count > 1 else [labels.single_split(found, seed)]
+        found = labels.read_labels(config, dataset)
+        splits = labels.splits_of(found, config.profile.folds, config.split_seed)
         user_E, class_E, names, line = found.users_N, found.label_U[found.users_N], found.classes, labels.report_line
         vectors = read_vectors(config.profile.vectors, dataset.user_ids[user_E]) if config.profile.vectors else None
     else:
         found = cold_start.read_targets(config, dataset)
-        splits = [found.split(config.split_seed)]
-        user_E, class_E = found.examples(found.users_N)
+        splits = [split_users(found.users_N, config.split_seed)]
+        user_E, class_E = found.user_N, found.targets_N
         names, line, vectors = found.target_ids, cold_start.report_line, None
     digest = found.hash if vectors is None else f"{found.hash}-{hashlib.sha256(vectors).hexdigest()[:16]}"
     shared = {"class_E": class_E + 1, "names": names, "hash": digest, "vectors_ExD": vectors}

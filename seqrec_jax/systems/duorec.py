@@ -121,16 +121,10 @@ def view_rows(config: ConfigDict, dataset: SequenceDataset, index: SameTarget, m
     Never more than one a view, which is always enough; filled up to what mesh.data divides. In the rare step that needs
     more, the last pairs, in an order drawn at random, leave the contrast: the metric `pairs` counts those that stay.
     """
-    train, width, mode, pairs = (
-        config.train,
-        config.encoder.max_length,
-        config.contrastive.mode,
-        config.contrastive.pairs,
-    )
-    layout = batches.make_layout(
-        batches.train_examples(dataset, train.targets, width), train.batch_size, width,
-        packed=train.packed, last_target_only=train.targets == "prefix",
-    )  # fmt: skip
+    train, width, mode = config.train, config.encoder.max_length, config.contrastive.mode
+    pairs, examples = config.contrastive.pairs, batches.train_examples(dataset, train.targets, width)
+    last_target_only = train.targets == "prefix"
+    layout = batches.layout_of(examples, train.batch_size, config, mesh, last_target_only=last_target_only)
 
     def needed(layout, items_A, index):
         plan = batches.plan_epoch(layout, jax.random.key(0))
