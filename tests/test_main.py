@@ -231,9 +231,10 @@ def test_histories_do_not_influence_each_other(odd):
 
 def test_equal_scores_by_lower_id(odd):
     recommender = seqrec_jax.load(odd[0])
-    object.__setattr__(recommender.model, "params", recommender.model.params | {"items": recommender.model.params["items"] * 0})
-    found = recommender.recommend([[recommender.model.item_ids[2]]], 5)
-    assert found.items[0] == recommender.model.item_ids[[0, 1, 3, 4, 5]].tolist()
+    model = recommender.model
+    object.__setattr__(model, "params", model.params | {"items": model.params["items"] * 0})
+    found = recommender.recommend([[model.item_ids[2]]], 5)
+    assert found.items[0] == model.item_ids[[0, 1, 3, 4, 5]].tolist()
 
 
 @pytest.mark.parametrize("k", [0, -1, 17, 10**9])
