@@ -19,7 +19,7 @@ from seqrec_jax.losses.next_item import full_softmax
 from seqrec_jax.run import train_layout
 from seqrec_jax.sharding import compiler_options, make_mesh, replicate
 from seqrec_jax.systems import cl4srec, hparams_of
-from seqrec_jax.train_step import init_state, make_train_steps, training_key
+from seqrec_jax.train_step import init_state, make_train_steps
 
 REPEATS = 8  # of short work, in one measurement
 
@@ -42,7 +42,7 @@ def training(config: ConfigDict, dataset: SequenceDataset, steps: int) -> Traini
     system = systems.build(config, dataset, mesh)
     layout, data = replicate(mesh, (train_layout(config, dataset, mesh), system.data))
     state = init_state(system, config, mesh)
-    arguments = (jnp.int32(steps), training_key(0), layout, jax.jit(plan_epoch)(layout, epoch_key(0, 0)), data, hparams)
+    arguments = (jnp.int32(steps), jnp.int32(0), layout, jax.jit(plan_epoch)(layout, epoch_key(0, 0)), data, hparams)
     compiled = make_train_steps(system, config, mesh, layout.steps).lower(state, *arguments).compile()
 
     def seconds() -> float:

@@ -97,7 +97,7 @@ def train(
     start = Start(system, config, mesh)
     initial = start.compiling(kept)  # while this is compiled, the program of the steps is traced
     program = compile_program(system, config, mesh, layout, total, start, kept)
-    state, progress, parent = _begin(config, dataset, initial.result()(start.key), store, mesh)
+    state, progress, parent = _begin(config, dataset, initial.result()(start.seed), store, mesh)
     step = saved = int(state.step)
     program.wait()
     eval_every = config.eval.every or layout.steps

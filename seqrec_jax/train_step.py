@@ -13,7 +13,7 @@ from flax import struct
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from seqrec_jax.data.batches import Layout, Plan, batch_of, order_key, plan_epoch
+from seqrec_jax.data.batches import Layout, Plan, batch_of, epoch_key, plan_epoch
 from seqrec_jax.optimizer import schedule, transform
 from seqrec_jax.programs import Kept, compiling
 from seqrec_jax.sharding import compiler_options, replicate, shardings_of, split_rows
@@ -42,53 +42,48 @@ class Start:
     """The state that a run starts with, to be: shapes without values, and a program that computes the values."""
 
     def __init__(self, system: System, config: ConfigDict, mesh: Mesh):
-        def initial_state(key):
-            params = system.init(key)
+        def initial_state(seed):
+            params = system.init(jax.random.fold_in(jax.random.key(seed), 1))
             return TrainState(
                 jnp.int32(0), params, make_transform(config, hparams_of(config), 0.0).init(params), system.state
             )
 
-        self.mesh, self.key = mesh, jax.random.fold_in(jax.random.key(config.seed), 1)
+        self.mesh, self.seed = mesh, jax.device_put(np.int32(config.seed))
         self._initial_state = jax.jit(initial_state)  # traced once for its shapes and for the values
 
     @functools.cached_property
     def shapes(self) -> TrainState:
         """Of jax.ShapeDtypeStruct, laid out over the mesh."""
-        shapes = jax.eval_shape(self._initial_state, self.key)
+        shapes = jax.eval_shape(self._initial_state, self.seed)
         placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
         return jax.tree.map(placed, shapes, shardings_of(self.mesh, shapes))
 
     def compiling(self, kept: Kept | None) -> Future:
-        """The program key → values."""
+        """The program seed → values."""
 
         def lower():
             shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
             fast_to_compile = {"xla_backend_optimization_level": 1}  # it runs once, and the values are the same
             function = jax.jit(self._initial_state, out_shardings=shardings, compiler_options=fast_to_compile)
-            return function.lower(self.key)
+            return function.lower(self.seed)
 
-        return compiling("initial state", lower, (self.key,), kept)
+        return compiling("initial state", lower, (self.seed,), kept)
 
 
 def init_state(system: System, config: ConfigDict, mesh: Mesh, kept: Kept | None = None) -> TrainState:
     """A fresh state, laid out over the mesh; parameters depend on the seed alone."""
     start = Start(system, config, mesh)
-    return start.compiling(kept).result()(start.key)
+    return start.compiling(kept).result()(start.seed)
 
 
 def make_train_steps(system: System, config: ConfigDict, mesh: Mesh, total_steps: int):
-    """Returns train_steps(state, count, key, layout, plan, data, hparams) → (state, sums); `key`: see training_key.
+    """Returns train_steps(state, count, seed, layout, plan, data, hparams) → (state, sums).
 
-    One compiled program for any `count`: a loop with a traced bound, so that a run that was stopped and resumed
-    computes every step with the same program, bit for bit. `sums`: metrics added over the steps, targets seen, and
-    `bad_step`, the first step whose loss or gradient was not finite (a huge number if none).
+    One compiled program for any `count` and `seed`: a loop with a traced bound, so that a run that was stopped and
+    resumed computes every step with the same program, bit for bit. `sums`: metrics added over the steps, targets seen,
+    and `bad_step`, the first step whose loss or gradient was not finite (a huge number if none).
     """
     return _train_steps(system.loss, FrozenConfigDict(config), mesh, total_steps)
-
-
-def training_key(seed: int) -> jax.Array:
-    """The key that each step folds its number into. It is an argument of the program, which serves all seeds."""
-    return jax.random.fold_in(jax.random.key(seed), 2)
 
 
 @functools.lru_cache(maxsize=1)  # the folds of a run share it
@@ -115,7 +110,8 @@ def _train_steps(loss: Callable, config: FrozenConfigDict, mesh: Mesh, total_ste
         }
         return TrainState(state.step + 1, params, optimizer, extra), counts
 
-    def train_steps(state, count, *arguments):
+    def train_steps(state, count, seed, *arguments):
+        arguments = (jax.random.fold_in(jax.random.key(seed), 2), *arguments)  # each step folds its number into it
         shapes = jax.eval_shape(one_step, state, *arguments)[1]
         sums = {name: jnp.full((), NO_STEP if name == "bad_step" else 0, s.dtype) for name, s in shapes.items()}
 
@@ -139,12 +135,11 @@ class Program:
     """The compiled steps of a run, with all that they read on the devices."""
 
     mesh: Mesh
-    key: jax.Array
-    order: jax.Array  # the order_key
+    seed: jax.Array
     layout: Layout
     data: Any
     hparams: dict
-    plans: Future  # → compiled: (layout, order, epoch) → its plan
+    plans: Future  # → compiled: (layout, seed, epoch) → its plan
     steps: Future  # → compiled
     epoch: int = -1
     plan: Plan | None = None
@@ -157,10 +152,10 @@ class Program:
         """Dispatches steps `step` to `until` of one epoch and returns at once, before they are computed."""
         if step // self.layout.steps != self.epoch:
             self.epoch = step // self.layout.steps
-            self.plan = self.plans.result()(self.layout, self.order, replicate(self.mesh, np.int32(self.epoch)))
+            self.plan = self.plans.result()(self.layout, self.seed, replicate(self.mesh, np.int32(self.epoch)))
         count = replicate(self.mesh, np.int32(until - step))
         with jax.transfer_guard("disallow"):  # nothing is copied from or to the host unnoticed
-            return self.steps.result()(state, count, self.key, self.layout, self.plan, self.data, self.hparams)
+            return self.steps.result()(state, count, self.seed, self.layout, self.plan, self.data, self.hparams)
 
 
 def compile_program(
@@ -169,21 +164,21 @@ def compile_program(
 ) -> Program:  # fmt: skip
     """Compiles, or finds among the kept ones, the one program that takes all steps; logs how long that took."""
     hparams = {name: np.float32(value) for name, value in hparams_of(config).items()}
-    inputs = (training_key(config.seed), order_key(config.seed), layout, system.data, hparams, np.int32(0))
-    key, order, layout, data, hparams, number = (replicate(mesh, tree) for tree in inputs)
+    inputs = (np.int32(config.seed), layout, system.data, hparams, np.int32(0))
+    seed, layout, data, hparams, number = (replicate(mesh, tree) for tree in inputs)
 
     @functools.partial(jax.jit, out_shardings=number.sharding)
-    def plan(layout, order, epoch):
-        return plan_epoch(layout, jax.random.fold_in(order, epoch))
+    def plan(layout, seed, epoch):
+        return plan_epoch(layout, epoch_key(seed, epoch))
 
     def lower():
         placed = functools.partial(jax.ShapeDtypeStruct, sharding=number.sharding)
-        shapes = jax.tree.map(lambda leaf: placed(leaf.shape, leaf.dtype), jax.eval_shape(plan, layout, order, number))
+        shapes = jax.tree.map(lambda leaf: placed(leaf.shape, leaf.dtype), jax.eval_shape(plan, layout, seed, number))
         steps = make_train_steps(system, config, mesh, total_steps)
-        return steps.lower(start.shapes, number, key, layout, shapes, data, hparams)
+        return steps.lower(start.shapes, number, seed, layout, shapes, data, hparams)
 
     # The shapes of the state are left out: they follow from what kept.source names, and to know them takes a trace.
-    steps = compiling("train step", lower, (key, layout, data, hparams), kept)
-    arguments = (layout, order, number)
+    steps = compiling("train step", lower, (seed, layout, data, hparams), kept)
+    arguments = (layout, seed, number)
     plans = compiling("order of an epoch", lambda: plan.lower(*arguments), arguments, kept)
-    return Program(mesh, key, order, layout, data, hparams, plans, steps)
+    return Program(mesh, seed, layout, data, hparams, plans, steps)

@@ -22,7 +22,7 @@ from seqrec_jax.optimizer import transform
 from seqrec_jax.run import train_layout
 from seqrec_jax.sharding import make_mesh, replicate
 from seqrec_jax.systems import clue, hparams_of
-from seqrec_jax.train_step import init_state, make_train_steps, training_key
+from seqrec_jax.train_step import init_state, make_train_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAIN = str(ROOT / "configs" / "clue_pretrain.py")
@@ -292,7 +292,7 @@ def trained(**settings):
     layout = batches.make_layout(examples, 64, WIDTH, room=1)
     plan = batches.plan_epoch(layout, jax.random.key(0))
     hparams = {name: np.float32(value) for name, value in hparams_of(config).items()}
-    arguments = training_key(0), layout, plan, replicate(MESH, system.data), hparams
+    arguments = jnp.int32(0), layout, plan, replicate(MESH, system.data), hparams
     state = init_state(system, config, MESH)
     steps = make_train_steps(system, config, MESH, 1000)
     state, _ = steps(state, 590, *arguments)
@@ -320,7 +320,7 @@ def pretrained(variant, cache_dir):
     hparams = {name: np.float32(value) for name, value in hparams_of(config).items()}
     data = replicate(MESH, system.data)
     plan = batches.plan_epoch(layout, jax.random.key(0))
-    arguments = training_key(0), layout, plan, data, hparams
+    arguments = jnp.int32(0), layout, plan, data, hparams
     state, steps = init_state(system, config, MESH), make_train_steps(system, config, MESH, 1000)
     state, _ = steps(state, 630, *arguments)
     state, sums = steps(state, 10, *arguments)

@@ -16,7 +16,7 @@ from seqrec_jax.data.prepare import prepare
 from seqrec_jax.main import main
 from seqrec_jax.sharding import make_mesh, replicate
 from seqrec_jax.systems import hparams_of
-from seqrec_jax.train_step import NO_STEP, Start, compile_program, init_state, make_train_steps, training_key
+from seqrec_jax.train_step import NO_STEP, Start, compile_program, init_state, make_train_steps
 from seqrec_jax.workdir import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,9 +49,6 @@ def test_sasrec_clears_popularity_and_its_loss_falls(cache, tmp_path, monkeypatc
     assert losses[-1] < 0.9 * losses[0]
 
 
-KEY = training_key(0)
-
-
 @pytest.fixture
 def tiny(cache):
     """(config, mesh, system, layout, plan, data, train_steps) of a tiny CL4SRec."""
@@ -71,7 +68,7 @@ def test_hyperparameters_are_traced(tiny):
 
     def after_two_steps(**changes):
         state = init_state(system, config, mesh)
-        state, sums = train_steps(state, jnp.int32(2), KEY, layout, plan, data, hparams | changes)
+        state, sums = train_steps(state, jnp.int32(2), jnp.int32(0), layout, plan, data, hparams | changes)
         assert sums["bad_step"] == NO_STEP
         return np.asarray(state.params["items"])
 
@@ -89,12 +86,12 @@ def test_runs_that_differ_in_hyperparameters_train_as_one_program(tiny):
     config, mesh, system, layout, plan, data, train_steps = tiny
     lanes = [hparams_of(config) | changes for changes in ({"temperature": 1.0}, {"learning_rate": 0.01, "crop": 0.3})]
     alone = [
-        train_steps(init_state(system, config, mesh), jnp.int32(3), KEY, layout, plan, data, lane)[1]["loss"]
+        train_steps(init_state(system, config, mesh), jnp.int32(3), jnp.int32(0), layout, plan, data, lane)[1]["loss"]
         for lane in lanes
     ]
     states = [init_state(system, config, mesh) for lane in lanes]
     state, hparams = (jax.tree.map(lambda *x: jnp.stack(x), *group) for group in (states, lanes))
-    _, sums = jax.vmap(train_steps, (0, *[None] * 5, 0))(state, jnp.int32(3), KEY, layout, plan, data, hparams)
+    _, sums = jax.vmap(train_steps, (0, *[None] * 5, 0))(state, jnp.int32(3), jnp.int32(0), layout, plan, data, hparams)
     np.testing.assert_allclose(sums["loss"], alone, rtol=1e-5)
 
 

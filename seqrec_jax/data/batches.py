@@ -343,11 +343,6 @@ def batch_at(items_A: jax.Array, layout: Layout, seed: int, step: jax.Array) -> 
     return batch_of(items_A, layout, plan, step % layout.steps)
 
 
-def order_key(seed: int) -> jax.Array:
-    """The key whose number `epoch` arranges that epoch; training's own draws come from another stream."""
-    return jax.random.fold_in(jax.random.key(seed), 0)
-
-
-def epoch_key(seed: int, epoch: jax.Array) -> jax.Array:
-    """The key that arranges an epoch."""
-    return jax.random.fold_in(order_key(seed), epoch)
+def epoch_key(seed: int | jax.Array, epoch: jax.Array) -> jax.Array:
+    """The key that arranges an epoch; training's own draws come from another stream."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), epoch)
