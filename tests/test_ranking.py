@@ -146,3 +146,22 @@ def test_a_full_block_of_better_items_does_not_overflow_the_two_counts(monkeypat
     items_VxD = np.concatenate([[[0.0], [0.0]], np.ones((254, 1))]).astype(np.float32)  # item 1 is below all others
     greater_U, tied_U, _ = ranking.count_better(jnp.ones((1, 1)), items_VxD, jnp.array([1]), 255, None, 2**6)
     assert (int(greater_U[0]), int(tied_U[0])) == (254, 0)
+
+
+@pytest.mark.parametrize("every", [1, 7, 10**6])
+def test_blocks_of_several_parts_count_exactly(every):
+    """A padded block of four parts; each `every`-th item is above item 1, the others tie with it."""
+    count = 2 * ranking.MOST_COUNTED + 2
+    items_VxD = (np.arange(count + 1)[:, None] % every == 0).astype(np.float32)
+    items_VxD[1] = 0
+    above = int(items_VxD[1:].sum())
+    greater_U, tied_U, _ = ranking.count_better(jnp.ones((1, 1)), items_VxD, jnp.array([1]), count, None, 10**6)
+    assert (int(greater_U[0]), int(tied_U[0])) == (above, count - 1 - above)
+
+
+@pytest.mark.parametrize("block", [7, 10**6])
+def test_many_parts_equal_brute_force(block, monkeypatch):
+    monkeypatch.setattr(ranking, "MOST_COUNTED", 8)
+    states, items, targets, histories = case()
+    found = ranking.count_better(states, items, targets, ITEMS, hidden_of(histories), block)
+    assert [x.tolist() for x in found] == brute_counts(states, items, targets, histories)
