@@ -38,7 +38,7 @@ def count_better(
     items are read from the same products as the others, so ties are exact. NaN counts as above: it never helps.
     """
     rows = items_VxD.shape[0]
-    block = min(block, rows)
+    block = min(block, rows, MOST_ITEMS)
     blocks = -(-rows // block)
     users = jnp.arange(states_UxD.shape[0])
 
@@ -62,7 +62,8 @@ def count_better(
         """[2, U]: how many scores are above the target's, and how many equal it."""
         above = jnp.where(scores <= score_U[:, None], 0.0, 1.0)
         both = jnp.where(real, jnp.where(scores == score_U[:, None], float(MOST_COUNTED), above), 0)
-        # One pass for two counts; floats, because XLA's CPU backend sums integers several times slower.
+        # One pass for two counts; floats, because XLA's CPU backend sums integers several times slower. Parts are a
+        # power of two: they divide whole item tables, and nothing is padded.
         parts = 1 << (-(-both.shape[1] // (MOST_COUNTED - 1)) - 1).bit_length()
         both = jnp.pad(both, ((0, 0), (0, -both.shape[1] % parts))).reshape(len(both), parts, -1)
         both_UxP = both.sum(axis=2).astype(jnp.int32)
@@ -96,6 +97,7 @@ def count_better(
     return greater_U, tied_U, zeros > 0 if hidden is None else _is_hidden(targets_U, hidden)
 
 
+MOST_ITEMS = 2**15  # of a block: their embeddings are copied
 MOST_COUNTED = 2**12  # more than the scores of a part, so that float32 adds up two counts of them exactly
 
 PIECE = 64  # history items looked at at once

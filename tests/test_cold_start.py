@@ -58,7 +58,7 @@ def test_every_form_gives_the_same_targets(tmp_path, name, content, changes):
     assert cold_start.report_line(found.report) == (
         "4 of 3 items, of 3 users; 1 users without; left out: 1 of unknown users, 1 repeats, 0 bad rows"
     )
-    assert found.user_N.tolist() == [0, 1, 1, 3]
+    assert found.owner_N.tolist() == [0, 1, 1, 3]
 
 
 @settings(max_examples=60, deadline=None)
@@ -174,4 +174,4 @@ def test_movielens(tmp_path, shared_data, capsys):
     assert (found.report["users"], found.report["targets"], found.report["users_without_target"]) == (4355, 12930, 0)
     split = split_users(found.users_N, 0)
     assert (len(split.train), len(split.valid), len(split.test)) == (3484, 218, 653)
-    assert sum(np.isin(found.user_N, part).sum() for part in (split.train, split.valid, split.test)) == 12930
+    assert sum(np.isin(found.owner_N, part).sum() for part in (split.train, split.valid, split.test)) == 12930

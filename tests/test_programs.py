@@ -173,6 +173,20 @@ def test_a_kept_training_step_is_the_traced_one(parts, caplog):
         jax.tree.map(np.testing.assert_array_equal, (state, others_sums), (plain, sums))
 
 
+def test_kept_programs_serve_every_seed(parts, tmp_path):
+    system, config, mesh, data = parts
+    files = []
+    for seed in (0, 2**31 - 1):
+        other = config.copy_and_resolve_references()
+        with other.unlocked():
+            other.seed = seed
+        state = train_step.init_state(system, other, mesh, programs.kept(system, other, mesh, data))
+        expected = jax.jit(system.init)(jax.random.fold_in(jax.random.key(seed), 1))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), state.params, expected)
+        files.append(sorted(tmp_path.rglob("*.program")))
+    assert files[0] == files[1] and len(files[0]) == 1
+
+
 def test_a_full_disk_is_told_and_the_program_runs(keep, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")

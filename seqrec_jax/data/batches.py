@@ -337,12 +337,12 @@ def position_ids(offset, length, width: int, positions: str) -> jax.Array:
     return width - length + offset if positions == "left" else offset
 
 
-def batch_at(items_A: jax.Array, layout: Layout, seed: int, step: jax.Array) -> Batch:
+def batch_at(items_A: jax.Array, layout: Layout, seed: int | jax.Array, step: jax.Array) -> Batch:
     """The batch of a step, from nothing but (seed, step). A loop makes the epoch's plan once instead."""
     plan = plan_epoch(layout, epoch_key(seed, step // layout.steps))
     return batch_of(items_A, layout, plan, step % layout.steps)
 
 
 def epoch_key(seed: int | jax.Array, epoch: jax.Array) -> jax.Array:
-    """The key that arranges an epoch; training's own draws come from another stream."""
+    """The key that arranges an epoch: stream 0 of the seed; initial parameters are of stream 1, training of 2."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), epoch)

@@ -43,7 +43,7 @@ class ColdStart:
         return np.flatnonzero(np.diff(self.offsets_U1))
 
     @property
-    def user_N(self) -> np.ndarray:
+    def owner_N(self) -> np.ndarray:
         """Whose target each is."""
         count_U = np.diff(self.offsets_U1)
         return np.repeat(np.arange(len(count_U), dtype=np.int32), count_U)

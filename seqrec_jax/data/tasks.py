@@ -41,7 +41,7 @@ def read_tasks(config: ConfigDict, dataset: SequenceDataset) -> list[Task]:
     else:
         found = cold_start.read_targets(config, dataset)
         splits = [split_users(found.users_N, config.split_seed)]
-        user_E, class_E = found.user_N, found.targets_N
+        user_E, class_E = found.owner_N, found.targets_N
         names, line, vectors = found.target_ids, cold_start.report_line, None
     digest = found.hash if vectors is None else f"{found.hash}-{hashlib.sha256(vectors).hexdigest()[:16]}"
     shared = {"class_E": class_E + 1, "names": names, "hash": digest, "vectors_ExD": vectors}
