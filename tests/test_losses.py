@@ -316,6 +316,25 @@ def test_shared_negatives_follow_the_training_popularity():
     assert np.isfinite(source.bias_V).all()
 
 
+def test_every_item_of_a_large_catalogue_can_be_drawn():
+    """As many items as float32 has numbers between 0 and 1 four times over, one action each."""
+    upto = jnp.arange(2**25 + 1, dtype=jnp.int32)
+    source = negatives.NegativeSource(None, None, upto)
+    drawn = np.asarray(negatives.draw_shared(jax.random.key(0), 8000, source, 2**25))
+    assert 1 <= drawn.min() and drawn.max() <= 2**25
+    for bit in range(25):
+        assert ((drawn >> bit) & 1).mean() == pytest.approx(0.5, abs=0.03)  # 5 standard deviations
+
+
+def test_an_item_without_actions_is_drawn_as_often_as_its_bias_says():
+    actions = np.zeros(4001, np.int32)
+    actions[1] = 1  # the 3,999 others share 4 / 5 of the draws
+    source = negatives.NegativeSource(None, None, jnp.cumsum(jnp.asarray(actions)))
+    drawn = np.asarray(negatives.draw_shared(jax.random.key(0), 20000, source, 4000))
+    assert (drawn == 1).mean() == pytest.approx(1.001 / 5, abs=0.015)
+    assert len(np.unique(drawn)) > 3800
+
+
 def test_shared_negatives_are_uniform_without_popularity():
     source = source_of(next_item="sampled")
     drawn = np.asarray(negatives.draw_shared(jax.random.key(0), 20000, source, CATALOGUE))

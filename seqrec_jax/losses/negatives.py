@@ -8,6 +8,8 @@ from ml_collections import ConfigDict
 
 from seqrec_jax.data.dataset import SequenceDataset
 
+SMOOTHING = 1e-3  # actions added to every item: one met only at test keeps a finite logit
+
 
 @struct.dataclass
 class Absent:
@@ -53,15 +55,25 @@ class NegativeSource:
 
     absent: Absent | None
     bias_V: jax.Array | None  # added to the logit of a drawn item: −log(K q) makes it stand for 1 / (K q) items
-    cumulative_V: jax.Array | None  # popularity draw: cumulative probability of items 1..
+    upto_V: jax.Array | None  # popularity draw: training actions of the items up to each, whole numbers
 
 
 def draw_shared(key: jax.Array, count: int, source: "NegativeSource", num_items: int) -> jax.Array:
-    """`count` items with repetition, uniform or by training popularity, shared by all positions of a step."""
-    if source.cumulative_V is None:
+    """`count` items with repetition, uniform or by training popularity, shared by all positions of a step.
+
+    By popularity: the item of a random action, or at times any item. Sums of shares would not do: float32 cannot tell
+    ten million of them apart.
+    """
+    if source.upto_V is None:
         return jax.random.randint(key, (count,), 1, num_items + 1)
-    drawn_K = jax.random.uniform(key, (count,)) * source.cumulative_V[num_items]
-    return jnp.clip(jnp.searchsorted(source.cumulative_V, drawn_K, side="right"), 1, num_items)
+    key_which, key_any, key_action = jax.random.split(key, 3)
+    actions = source.upto_V[num_items]
+    any_K = jax.random.randint(key_any, (count,), 1, num_items + 1)
+    action_K = jax.random.randint(key_action, (count,), 0, jnp.maximum(actions, 1))
+    popular_K = jnp.searchsorted(source.upto_V, action_K, side="right")
+    smoothing = SMOOTHING * num_items
+    is_any_K = jax.random.uniform(key_which, (count,)) * (smoothing + actions) < smoothing
+    return jnp.where(is_any_K, any_K, popular_K)
 
 
 def negative_source(config: ConfigDict, dataset: SequenceDataset, lengths_U: np.ndarray, rows: int) -> NegativeSource:
@@ -73,9 +85,8 @@ def negative_source(config: ConfigDict, dataset: SequenceDataset, lengths_U: np.
             return NegativeSource(None, jnp.zeros(rows), None)  # each counts once, as published
         user_A = np.repeat(np.arange(len(lengths_U)), np.diff(dataset.offsets_U1))
         inside_A = np.arange(len(dataset.items_A)) - dataset.offsets_U1[user_A] < lengths_U[user_A]
-        counts_V = np.bincount(dataset.items_A[inside_A], minlength=rows).astype(np.float64)
-        counts_V[1 : len(dataset.item_ids) + 1] += 1e-3  # an item met only at test keeps a finite logit
-        share_V = counts_V / counts_V.sum()
-        bias_V = -np.log(config.negatives * np.where(share_V > 0, share_V, 1))
-        return NegativeSource(None, jnp.asarray(bias_V, jnp.float32), jnp.asarray(np.cumsum(share_V), jnp.float32))
+        actions_V, items = np.bincount(dataset.items_A[inside_A], minlength=rows), len(dataset.item_ids)
+        share_V = (actions_V + SMOOTHING) / (actions_V.sum() + SMOOTHING * items)
+        bias_V, upto_V = -np.log(config.negatives * share_V), np.cumsum(actions_V)
+        return NegativeSource(None, jnp.asarray(bias_V, jnp.float32), jnp.asarray(upto_V, jnp.int32))
     return NegativeSource(None, None, None)
