@@ -9,7 +9,6 @@ gradients and moments need, each read and written once).
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import json
 import multiprocessing
@@ -82,8 +81,7 @@ def measure(cases: Sequence[Case], large: int) -> dict:
     for case in cases:
         here.send((case, config_of(case).encoder.to_dict(), peer_batches(case, datasets[case])))
     here.send(None)
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # XLA compiles several programs at once
-        work = list(pool.map(lambda case: ours.training(config_of(case), datasets[case], case.steps), cases))
+    work = [ours.training(config_of(case), datasets[case], case.steps) for case in cases]
     compiled = here.recv()  # PyTorch is ready, too
     limits = {
         "float32_tflops": 2 * large**3 / product(large, jnp.float32) / 1e12,

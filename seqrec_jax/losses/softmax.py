@@ -8,9 +8,13 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 P = PartitionSpec
-SAFE = 40.0  # logits within ±SAFE may be shifted by that bound instead of their maximum: nothing underflows
-MANY_COLUMNS = 2**17  # above this, one row of logits is large: tiles of columns with a running log-sum-exp
+SAFE = 40.0  # exp(−2 SAFE) is a float32 with all its digits
+HEADROOM = 60.0  # the sum of exp(HEADROOM) over 10^12 columns is a float32
+# Above this, one row of logits is large: tiles of columns, whose exponentials are made again for their gradient.
+MANY_COLUMNS = {"cpu": 2**17, "gpu": 2**21, "tpu": 2**17}
 TILE_COLUMNS = {"cpu": 2**11, "gpu": 2**15, "tpu": 2**15}  # in cache on a CPU, few launches elsewhere
+CHUNK_LOGITS = {"cpu": 5 * 2**20, "gpu": 2**27, "tpu": 2**27}  # in the last cache of a CPU, few chunks elsewhere
+ALIGNMENT = {"cpu": 1, "gpu": 128, "tpu": 128}  # of a chunk's rows, as matrix units want them
 
 
 def softmax_loss(
@@ -44,11 +48,15 @@ def softmax_loss(
     return total / jnp.maximum(count, 1)
 
 
+def tile_columns(columns: int) -> int:
+    """Columns whose logits are made at once: all, unless they are many."""
+    backend = jax.default_backend()
+    return columns if columns <= MANY_COLUMNS[backend] else TILE_COLUMNS[backend]
+
+
 def chunk_rows(columns: int) -> int:
     """Rows walked at once: few chunks whose logits stay in the last cache of a CPU, large ones on an accelerator."""
-    backend = jax.default_backend()
-    logits = 5 * 2**20 if backend == "cpu" else 2**27
-    return int(np.clip(logits // min(columns, TILE_COLUMNS[backend] if columns > MANY_COLUMNS else columns), 8, 8192))
+    return int(np.clip(CHUNK_LOGITS[jax.default_backend()] // tile_columns(columns), 8, 8192))
 
 
 def real_first(real_N: jax.Array, chunk: int) -> jax.Array:
@@ -86,13 +94,17 @@ _sums.defvjp(_forward, _backward)
 def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, targets_N, column_ids_C, *, chunk):
     """One device's rows and columns: (loss sum, target count, d hidden, d positive, d columns, d others)."""
     rows = hidden_NxD.shape[0]
+    columns, aligned = columns_CxD.shape[0], ALIGNMENT[jax.default_backend()]
     chunk = -(-rows // -(-rows // chunk))  # chunks of one size
+    chunk = -(-chunk // aligned) * aligned if chunk > aligned else chunk
     real_N = targets_N > 0
     count = real_N.sum()
     order = real_first(real_N, chunk)
     longest = jax.lax.pmax(jnp.sqrt((columns_CxD**2).sum(axis=1).max()), "model")
     highest_bias = jax.lax.pmax(column_bias_C.max(), "model")
-    exponentials = (_tiled if columns_CxD.shape[0] > MANY_COLUMNS else _whole)(columns_CxD)
+    width = tile_columns(columns)
+    tiles = -(-columns // width)
+    wide_CxO = _with_ones(columns_CxD) if tiles == 1 else None
 
     def add_chunk(index, sums):
         total, d_hidden, d_positive, d_columns, d_others = sums
@@ -104,20 +116,44 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
         others_M = jnp.full_like(score_M, -jnp.inf) if others_N is None else take(others_N)
         least_M = jnp.maximum(score_M, others_M)
 
-        def products(begin, width):
-            return hidden_MxD @ jax.lax.dynamic_slice_in_dim(columns_CxD, begin, width).T
+        def tile(number):
+            """(first column, logits [M, T]): the last tile overlaps the one before, whose columns it leaves out."""
+            begin = jnp.minimum(number * width, columns - width)
+            part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=begin, slice_size=width)
+            found = hidden_MxD @ part(columns_CxD).T + part(column_bias_C)
+            if column_ids_C is not None:
+                found = jnp.where(part(column_ids_C) == target_M[:, None], -jnp.inf, found)
+            if columns % width:
+                found = jnp.where(begin + jnp.arange(width) >= number * width, found, -jnp.inf)
+            return begin, found
 
-        def logits(products_MxT, begin):
-            """Of the columns from `begin` on, from their products with the states."""
-            part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=begin, slice_size=products_MxT.shape[1])
-            found = products_MxT + part(column_bias_C)
-            if column_ids_C is None:
-                return found
-            return jnp.where(part(column_ids_C) == target_M[:, None], -jnp.inf, found)
+        def maximum():
+            highest = lambda number, top_M: jnp.maximum(top_M, tile(number)[1].max(axis=1))  # noqa: E731
+            return jax.lax.pmax(jax.lax.fori_loop(0, tiles, highest, least_M), "model")
 
+        # A bound on the logits, less what exponentials have room for, is a shift that costs no pass over them, as long
+        # as it is not so far above what is in the sum that this is lost.
         bound_M = jnp.sqrt((hidden_MxD**2).sum(axis=1)) * longest + jnp.maximum(highest_bias, 0)
         bound_M = jnp.maximum(bound_M, least_M)
-        top_M, sum_M, pull_MxD, push_columns = exponentials(products, logits, bound_M, least_M)
+        shift_M = bound_M - jnp.clip(bound_M - SAFE, 0, HEADROOM)
+        top_M = jax.lax.cond((shift_M - least_M).max() < 2 * SAFE, lambda: shift_M, maximum)
+
+        def exponentials(number):
+            begin, logits_MxT = tile(number)
+            return begin, jnp.exp(logits_MxT - top_M[:, None])
+
+        if tiles == 1:
+            exp_MxC = exponentials(0)[1]
+            mixed_MxO = exp_MxC @ wide_CxO
+        else:
+
+            def mix(number, mixed_MxO):
+                begin, exp_MxT = exponentials(number)
+                return mixed_MxO + exp_MxT @ _with_ones(jax.lax.dynamic_slice_in_dim(columns_CxD, begin, width))
+
+            mixed_MxO = jax.lax.fori_loop(0, tiles, mix, jnp.zeros((chunk, _with_ones(columns_CxD[:1]).shape[1])))
+        mixed_MxO = _summed(mixed_MxO, "model")
+        pull_MxD, sum_M = mixed_MxO[:, : hidden_MxD.shape[1]], mixed_MxO[:, -1]
         joins_M = 0.0 if column_ids_C is None else jnp.exp(score_M - top_M)
         besides_M = 0.0 if others_N is None else jnp.exp(others_M - top_M)
         sum_M += joins_M + besides_M
@@ -130,7 +166,16 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
         d_hidden = d_hidden.at[place_M].set(d_hidden_MxD, mode="drop")
         d_positive = d_positive.at[place_M].set(push_M[:, None] * hidden_MxD, mode="drop")
         d_others = None if others_N is None else d_others.at[place_M].set(besides_M * share_M, mode="drop")
-        return total, d_hidden, d_positive, push_columns(d_columns, (hidden_MxD * share_M[:, None]).T), d_others
+        shares_DxM = (hidden_MxD * share_M[:, None]).T
+        if tiles == 1:
+            return total, d_hidden, d_positive, d_columns + shares_DxM @ exp_MxC, d_others
+
+        def push(number, d_columns):
+            begin, exp_MxT = exponentials(number)
+            old_DxT = jax.lax.dynamic_slice_in_dim(d_columns, begin, width, axis=1)
+            return jax.lax.dynamic_update_slice_in_dim(d_columns, old_DxT + shares_DxM @ exp_MxT, begin, axis=1)
+
+        return total, d_hidden, d_positive, jax.lax.fori_loop(0, tiles, push, d_columns), d_others
 
     # d columns is summed as [D, C]: that product reads the exponentials along their rows, twice as fast on a CPU.
     zero = jax.tree.map(jnp.zeros_like, (hidden_NxD, hidden_NxD, columns_CxD.T, others_N))
@@ -145,68 +190,6 @@ def _summed(tree, axis: str):
     return tree if jax.lax.axis_size(axis) == 1 else jax.lax.psum(tree, axis)
 
 
-def _whole(columns_CxD):
-    """All columns at once. Returns a function that finds the shift [M] and, over all devices, the sum of
-    e = exp(logits − shift) and of e @ columns; and how to add shares.T @ e to d columns [D, C].
-    """
-    columns = columns_CxD.shape[0]
-    one_product = jax.default_backend() == "cpu"  # of columns and a last one of ones: the sums of e cost no pass
-    if one_product:
-        columns_CxD = jnp.concatenate([columns_CxD, jnp.ones((columns, 1))], axis=1)
-
-    def exponentials(products, logits, bound_M, least_M):
-        products_MxC = products(0, columns)
-
-        def maximum():
-            return jax.lax.pmax(jnp.maximum(logits(products_MxC, 0).max(axis=1), least_M), "model")
-
-        # The bound saves a pass. e is made here and not in the branches: in the place of the products, with one pass.
-        top_M = jax.lax.cond(bound_M.max() < SAFE, lambda: bound_M, maximum)
-        exp_MxC = jnp.exp(logits(products_MxC, 0) - top_M[:, None])
-        mixed = exp_MxC @ columns_CxD
-        sum_M, pull_MxD = (mixed[:, -1], mixed[:, :-1]) if one_product else (exp_MxC.sum(axis=1), mixed)
-        sum_M, pull_MxD = _summed((sum_M, pull_MxD), "model")
-        return top_M, sum_M, pull_MxD, lambda d_columns_DxC, shares_DxM: d_columns_DxC + shares_DxM @ exp_MxC
-
-    return exponentials
-
-
-def _tiled(columns_CxD):
-    """The same in tiles of columns with a running maximum; the gradient of the columns walks over them once more."""
-    columns, width = columns_CxD.shape[0], TILE_COLUMNS[jax.default_backend()]
-    tiles = -(-columns // width)
-
-    def exponentials(products, logits, _, least_M):
-        def tile(index):
-            """(first column, its logits): the last tile overlaps the one before, whose columns it leaves out."""
-            begin = jnp.minimum(index * width, columns - width)
-            own_T = begin + jnp.arange(width) >= index * width
-            return begin, jnp.where(own_T, logits(products(begin, width), begin), -jnp.inf)
-
-        def add_tile(index, sums):
-            top_M, sum_M, pull_MxD = sums
-            begin, logits_MxT = tile(index)
-            higher_M = jnp.maximum(top_M, logits_MxT.max(axis=1))
-            exp_MxT = jnp.exp(logits_MxT - higher_M[:, None])
-            added = exp_MxT @ jax.lax.dynamic_slice_in_dim(columns_CxD, begin, width)
-            shrink_M = jnp.exp(top_M - higher_M)
-            return higher_M, sum_M * shrink_M + exp_MxT.sum(axis=1), pull_MxD * shrink_M[:, None] + added
-
-        start = (least_M, jnp.zeros_like(least_M), jnp.zeros((least_M.shape[0], columns_CxD.shape[1])))
-        local_M, sum_M, pull_MxD = jax.lax.fori_loop(0, tiles, add_tile, start)
-        top_M = jax.lax.pmax(local_M, "model")
-        shrink_M = jnp.exp(local_M - top_M)
-        sum_M, pull_MxD = _summed((sum_M * shrink_M, pull_MxD * shrink_M[:, None]), "model")
-
-        def push_columns(d_columns_DxC, shares_DxM):
-            def add(index, d_columns_DxC):
-                begin, logits_MxT = tile(index)
-                pushed = shares_DxM @ jnp.exp(logits_MxT - top_M[:, None])
-                old = jax.lax.dynamic_slice_in_dim(d_columns_DxC, begin, width, axis=1)
-                return jax.lax.dynamic_update_slice_in_dim(d_columns_DxC, old + pushed, begin, axis=1)
-
-            return jax.lax.fori_loop(0, tiles, add, d_columns_DxC)
-
-        return top_M, sum_M, pull_MxD, push_columns
-
-    return exponentials
+def _with_ones(columns_TxD):
+    """[T, O]: ones beside the columns, so that a product with them sums, too; so many that a GPU reads aligned rows."""
+    return jnp.pad(columns_TxD, ((0, 0), (0, 1 if jax.default_backend() == "cpu" else 8)), constant_values=1)
