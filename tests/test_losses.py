@@ -91,11 +91,19 @@ def sampled(hidden, items, drawn, bias, targets=TARGETS):
     return next_item.sampled_softmax(hidden, jnp.asarray(targets), items, drawn, bias, MESH)
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def form(request, monkeypatch):
+    """The softmax as it is written for either, here on what JAX has."""
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+
+
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("junk", [1.0, 20.0, 50.0])  # the shift is a bound, a bound with headroom, the maximum
 def test_full_softmax_is_the_cross_entropy_over_the_items(junk):
     assert_matches(full, full_oracle, *arrays(junk=junk))
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("junk", [1.0, 20.0, 50.0])
 def test_sampled_softmax_is_the_cross_entropy_over_target_and_negatives(junk):
     drawn = np.array([3, 3, 1, 8, 13, 10, 4])
@@ -110,6 +118,7 @@ def test_sampled_softmax_is_the_cross_entropy_over_target_and_negatives(junk):
         )
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("tile", [None, 3])
 def test_a_historys_own_items_compete_once_each(monkeypatch, tile):
     """Two histories in one row, with an item met twice, one that is also drawn, and targets met before."""
@@ -146,6 +155,7 @@ def test_pairwise_losses_follow_their_formula(kind):
     assert_matches(lambda h, i: loss(h, TARGETS, drawn, i), lambda h, i: pair_oracle(h, i, drawn, kind), *arrays())
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize(("chunk", "tile"), [(3, None), (100, None), (4, 5), (11, 8)])
 def test_chunks_and_tiles_that_do_not_divide_change_nothing(monkeypatch, chunk, tile):
     monkeypatch.setattr(softmax, "chunk_rows", lambda columns: chunk)
@@ -155,6 +165,7 @@ def test_chunks_and_tiles_that_do_not_divide_change_nothing(monkeypatch, chunk, 
     assert_matches(lambda h, i: full(h, i), full_oracle, *arrays(1))
 
 
+@pytest.mark.usefixtures("form")
 def test_large_scores_stay_finite_and_exact():
     hidden, items = arrays(2, scale=1e3)
     value, gradient = jax.jit(jax.value_and_grad(full))(hidden, items)

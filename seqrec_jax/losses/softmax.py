@@ -13,7 +13,7 @@ HEADROOM = 60.0  # the sum of exp(HEADROOM) over 10^12 columns is a float32
 # Above this, one row of logits is large: tiles of columns, whose exponentials are made again for their gradient.
 MANY_COLUMNS = {"cpu": 2**17, "gpu": 2**21, "tpu": 2**17}
 TILE_COLUMNS = {"cpu": 2**11, "gpu": 2**15, "tpu": 2**15}  # in cache on a CPU, few launches elsewhere
-CHUNK_LOGITS = {"cpu": 5 * 2**20, "gpu": 2**27, "tpu": 2**27}  # in the last cache of a CPU, few chunks elsewhere
+CHUNK_LOGITS = {"cpu": 5 * 2**20, "gpu": 2**28, "tpu": 2**27}  # in the last cache of a CPU, few chunks elsewhere
 ALIGNMENT = {"cpu": 1, "gpu": 128, "tpu": 128}  # of a chunk's rows, as matrix units want them
 
 
@@ -104,7 +104,7 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
     highest_bias = jax.lax.pmax(column_bias_C.max(), "model")
     width = tile_columns(columns)
     tiles = -(-columns // width)
-    wide_CxO = _with_ones(columns_CxD) if tiles == 1 else None
+    wide_CxO = _wide(columns_CxD, column_bias_C) if tiles == 1 else None
 
     def add_chunk(index, sums):
         total, d_hidden, d_positive, d_columns, d_others = sums
@@ -116,19 +116,21 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
         others_M = jnp.full_like(score_M, -jnp.inf) if others_N is None else take(others_N)
         least_M = jnp.maximum(score_M, others_M)
 
-        def tile(number):
-            """(first column, logits [M, T]): the last tile overlaps the one before, whose columns it leaves out."""
+        def tile(number, top_M):
+            """(first column, [T, O] as _wide makes it, logits − top [M, T]) of a tile of columns."""
             begin = jnp.minimum(number * width, columns - width)
             part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=begin, slice_size=width)
-            found = hidden_MxD @ part(columns_CxD).T + part(column_bias_C)
+            wide_TxO = _wide(part(columns_CxD), part(column_bias_C)) if tiles > 1 else wide_CxO
+            found = _shifted(hidden_MxD, part(columns_CxD), part(column_bias_C), top_M, wide_TxO)
             if column_ids_C is not None:
                 found = jnp.where(part(column_ids_C) == target_M[:, None], -jnp.inf, found)
-            if columns % width:
+            if columns % width:  # the last tile overlaps the one before, whose columns it leaves out
                 found = jnp.where(begin + jnp.arange(width) >= number * width, found, -jnp.inf)
-            return begin, found
+            return begin, wide_TxO, found
 
         def maximum():
-            highest = lambda number, top_M: jnp.maximum(top_M, tile(number)[1].max(axis=1))  # noqa: E731
+            zero_M = jnp.zeros_like(least_M)
+            highest = lambda number, top_M: jnp.maximum(top_M, tile(number, zero_M)[2].max(axis=1))  # noqa: E731
             return jax.lax.pmax(jax.lax.fori_loop(0, tiles, highest, least_M), "model")
 
         # A bound on the logits, less what exponentials have room for, is a shift that costs no pass over them, as long
@@ -137,21 +139,18 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
         bound_M = jnp.maximum(bound_M, least_M)
         shift_M = bound_M - jnp.clip(bound_M - SAFE, 0, HEADROOM)
         top_M = jax.lax.cond((shift_M - least_M).max() < 2 * SAFE, lambda: shift_M, maximum)
+        top_M = _short(top_M)
 
-        def exponentials(number):
-            begin, logits_MxT = tile(number)
-            return begin, jnp.exp(logits_MxT - top_M[:, None])
+        def mix(number, mixed_MxO):
+            _, wide_TxO, found_MxT = tile(number, top_M)
+            return mixed_MxO + jnp.exp(found_MxT) @ wide_TxO
 
         if tiles == 1:
-            exp_MxC = exponentials(0)[1]
+            exp_MxC = jnp.exp(tile(0, top_M)[2])
             mixed_MxO = exp_MxC @ wide_CxO
         else:
-
-            def mix(number, mixed_MxO):
-                begin, exp_MxT = exponentials(number)
-                return mixed_MxO + exp_MxT @ _with_ones(jax.lax.dynamic_slice_in_dim(columns_CxD, begin, width))
-
-            mixed_MxO = jax.lax.fori_loop(0, tiles, mix, jnp.zeros((chunk, _with_ones(columns_CxD[:1]).shape[1])))
+            first = jax.eval_shape(mix, 0, 0.0)
+            mixed_MxO = jax.lax.fori_loop(0, tiles, mix, jnp.zeros(first.shape))
         mixed_MxO = _summed(mixed_MxO, "model")
         pull_MxD, sum_M = mixed_MxO[:, : hidden_MxD.shape[1]], mixed_MxO[:, -1]
         joins_M = 0.0 if column_ids_C is None else jnp.exp(score_M - top_M)
@@ -171,9 +170,10 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
             return total, d_hidden, d_positive, d_columns + shares_DxM @ exp_MxC, d_others
 
         def push(number, d_columns):
-            begin, exp_MxT = exponentials(number)
+            begin, _, found_MxT = tile(number, top_M)
             old_DxT = jax.lax.dynamic_slice_in_dim(d_columns, begin, width, axis=1)
-            return jax.lax.dynamic_update_slice_in_dim(d_columns, old_DxT + shares_DxM @ exp_MxT, begin, axis=1)
+            new_DxT = old_DxT + shares_DxM @ jnp.exp(found_MxT)
+            return jax.lax.dynamic_update_slice_in_dim(d_columns, new_DxT, begin, axis=1)
 
         return total, d_hidden, d_positive, jax.lax.fori_loop(0, tiles, push, d_columns), d_others
 
@@ -190,6 +190,36 @@ def _summed(tree, axis: str):
     return tree if jax.lax.axis_size(axis) == 1 else jax.lax.psum(tree, axis)
 
 
-def _with_ones(columns_TxD):
-    """[T, O]: ones beside the columns, so that a product with them sums, too; so many that a GPU reads aligned rows."""
-    return jnp.pad(columns_TxD, ((0, 0), (0, 1 if jax.default_backend() == "cpu" else 8)), constant_values=1)
+# A pass over the logits costs little on a CPU. On an accelerator it reads and writes its memory, so that the product
+# that makes them adds the columns' biases and takes off the shift as well: as further entries of columns and states, in
+# parts so short that matrix units, which round what they multiply, keep them.
+
+
+def _wide(columns_TxD, bias_T):
+    """[T, O]: columns, on an accelerator their biases in two parts, and ones: with these a product sums as well."""
+    if jax.default_backend() == "cpu":
+        return jnp.pad(columns_TxD, ((0, 0), (0, 1)), constant_values=1)
+    ones = 2 + -(columns_TxD.shape[1] + 4) % 8  # rows of a length that matrix units like
+    parts = jnp.stack(_parts(jnp.maximum(bias_T, -1e30)), axis=1)  # 0 times this is 0
+    return jnp.pad(jnp.concatenate([columns_TxD, parts], axis=1), ((0, 0), (0, ones)), constant_values=1)
+
+
+def _shifted(hidden_MxD, columns_TxD, bias_T, top_M, wide_TxO):
+    """[M, T]: hidden · column + bias − top."""
+    if jax.default_backend() == "cpu":
+        return hidden_MxD @ columns_TxD.T + bias_T - top_M[:, None]
+    high_M, low_M = _parts(top_M)
+    ones_M = jnp.ones_like(top_M)
+    states_MxO = jnp.concatenate([hidden_MxD, jnp.stack([ones_M, ones_M, -high_M, -low_M], axis=1)], axis=1)
+    return jnp.pad(states_MxO, ((0, 0), (0, wide_TxO.shape[1] - states_MxO.shape[1]))) @ wide_TxO.T
+
+
+def _short(x):
+    """x as _shifted can take it off: on an accelerator the sum of its parts."""
+    return x if jax.default_backend() == "cpu" else sum(_parts(x))
+
+
+def _parts(x):
+    """(high, low) bfloat16 numbers whose sum is x but for a 65,000th of it."""
+    high = jax.lax.reduce_precision(x, 8, 7)
+    return high, jax.lax.reduce_precision(x - high, 8, 7)
