@@ -123,7 +123,7 @@ def test_sampled_softmax_is_the_cross_entropy_over_target_and_negatives(junk):
 def test_a_historys_own_items_compete_once_each(monkeypatch, tile):
     """Two histories in one row, with an item met twice, one that is also drawn, and targets met before."""
     if tile:
-        monkeypatch.setitem(softmax.MANY_COLUMNS, jax.default_backend(), tile)
+        monkeypatch.setattr(softmax, "MANY_COLUMNS", tile)
         monkeypatch.setitem(softmax.TILE_COLUMNS, jax.default_backend(), tile)
     inputs = np.array([5, 3, 5, 7, 3, 9, 0, 7, 8, 1, 1, 13, 0, 3, 6, 6, 2])
     segments = np.array([1, 1, 1, 1, 1, 1, 0, 2, 2, 2, 2, 2, 0, 3, 3, 4, 4])
@@ -160,7 +160,7 @@ def test_pairwise_losses_follow_their_formula(kind):
 def test_chunks_and_tiles_that_do_not_divide_change_nothing(monkeypatch, chunk, tile):
     monkeypatch.setattr(softmax, "chunk_rows", lambda columns: chunk)
     if tile:
-        monkeypatch.setitem(softmax.MANY_COLUMNS, jax.default_backend(), tile)
+        monkeypatch.setattr(softmax, "MANY_COLUMNS", tile)
         monkeypatch.setitem(softmax.TILE_COLUMNS, jax.default_backend(), tile)
     assert_matches(lambda h, i: full(h, i), full_oracle, *arrays(1))
 

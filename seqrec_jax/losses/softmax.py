@@ -11,7 +11,7 @@ P = PartitionSpec
 SAFE = 40.0  # exp(−2 SAFE) is a float32 with all its digits
 HEADROOM = 60.0  # the sum of exp(HEADROOM) over 10^12 columns is a float32
 # Above this, one row of logits is large: tiles of columns, whose exponentials are made again for their gradient.
-MANY_COLUMNS = {"cpu": 2**17, "gpu": 2**21, "tpu": 2**17}
+MANY_COLUMNS = 2**17
 TILE_COLUMNS = {"cpu": 2**11, "gpu": 2**15, "tpu": 2**15}  # in cache on a CPU, few launches elsewhere
 CHUNK_LOGITS = {"cpu": 5 * 2**20, "gpu": 2**28, "tpu": 2**27}  # in the last cache of a CPU, few chunks elsewhere
 ALIGNMENT = {"cpu": 1, "gpu": 128, "tpu": 128}  # of a chunk's rows, as matrix units want them
@@ -50,8 +50,7 @@ def softmax_loss(
 
 def tile_columns(columns: int) -> int:
     """Columns whose logits are made at once: all, unless they are many."""
-    backend = jax.default_backend()
-    return columns if columns <= MANY_COLUMNS[backend] else TILE_COLUMNS[backend]
+    return columns if columns <= MANY_COLUMNS else TILE_COLUMNS[jax.default_backend()]
 
 
 def chunk_rows(columns: int) -> int:
@@ -120,13 +119,14 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
             """(first column, [T, O] as _wide makes it, logits − top [M, T]) of a tile of columns."""
             begin = jnp.minimum(number * width, columns - width)
             part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=begin, slice_size=width)
-            wide_TxO = _wide(part(columns_CxD), part(column_bias_C)) if tiles > 1 else wide_CxO
-            found = _shifted(hidden_MxD, part(columns_CxD), part(column_bias_C), top_M, wide_TxO)
-            if column_ids_C is not None:
-                found = jnp.where(part(column_ids_C) == target_M[:, None], -jnp.inf, found)
+            columns_TxD, bias_T = part(columns_CxD), part(column_bias_C)
             if columns % width:  # the last tile overlaps the one before, whose columns it leaves out
-                found = jnp.where(begin + jnp.arange(width) >= number * width, found, -jnp.inf)
-            return begin, wide_TxO, found
+                bias_T = jnp.where(begin + jnp.arange(width) >= number * width, bias_T, -jnp.inf)
+            wide_TxO = _wide(columns_TxD, bias_T) if tiles > 1 else wide_CxO
+            found_MxT = _shifted(hidden_MxD, columns_TxD, bias_T, top_M, wide_TxO)
+            if column_ids_C is not None:
+                found_MxT = jnp.where(part(column_ids_C) == target_M[:, None], -jnp.inf, found_MxT)
+            return begin, wide_TxO, found_MxT
 
         def maximum():
             zero_M = jnp.zeros_like(least_M)
