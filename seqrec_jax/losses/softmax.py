@@ -141,16 +141,15 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
         top_M = jax.lax.cond((shift_M - least_M).max() < 2 * SAFE, lambda: shift_M, maximum)
         top_M = _short(top_M)
 
-        def mix(number, mixed_MxO):
+        def mixed(number):
             _, wide_TxO, found_MxT = tile(number, top_M)
-            return mixed_MxO + jnp.exp(found_MxT) @ wide_TxO
+            return jnp.exp(found_MxT) @ wide_TxO
 
         if tiles == 1:
             exp_MxC = jnp.exp(tile(0, top_M)[2])
             mixed_MxO = exp_MxC @ wide_CxO
         else:
-            first = jax.eval_shape(mix, 0, 0.0)
-            mixed_MxO = jax.lax.fori_loop(0, tiles, mix, jnp.zeros(first.shape))
+            mixed_MxO = jax.lax.fori_loop(1, tiles, lambda number, sum_MxO: sum_MxO + mixed(number), mixed(0))
         mixed_MxO = _summed(mixed_MxO, "model")
         pull_MxD, sum_M = mixed_MxO[:, : hidden_MxD.shape[1]], mixed_MxO[:, -1]
         joins_M = 0.0 if column_ids_C is None else jnp.exp(score_M - top_M)
