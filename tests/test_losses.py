@@ -289,7 +289,7 @@ def training_parts():
 def source_of(**loss):
     config = get_config().loss
     config.update(loss)
-    return negatives.negative_source(config, small_dataset(), batches.train_lengths(small_dataset()), 64)
+    return negatives.negative_source(config, small_dataset(), 64)
 
 
 def test_absent_items_are_drawn_uniformly_and_nothing_else():

@@ -6,6 +6,7 @@ import numpy as np
 from flax import struct
 from ml_collections import ConfigDict
 
+from seqrec_jax.data.batches import train_counts, train_lengths
 from seqrec_jax.data.dataset import SequenceDataset
 
 SMOOTHING = 1e-3  # actions added to every item: one met only at test keeps a finite logit
@@ -76,16 +77,15 @@ def draw_shared(key: jax.Array, count: int, source: "NegativeSource", num_items:
     return jnp.where(is_any_K, any_K, popular_K)
 
 
-def negative_source(config: ConfigDict, dataset: SequenceDataset, lengths_U: np.ndarray, rows: int) -> NegativeSource:
-    """Makes NegativeSource for `config.loss`; counts come from the training part alone. `rows`: of the item table."""
+def negative_source(config: ConfigDict, dataset: SequenceDataset, rows: int) -> NegativeSource:
+    """Makes NegativeSource for `config.loss`, from the training part alone. `rows`: of the item table."""
     if config.next_item in ("bce", "bpr"):
-        return NegativeSource(absent_items(dataset.items_A, dataset.offsets_U1, lengths_U), None, None)
+        return NegativeSource(absent_items(dataset.items_A, dataset.offsets_U1, train_lengths(dataset)), None, None)
     if config.next_item == "sampled":
         if config.negative_distribution == "uniform":
             return NegativeSource(None, jnp.zeros(rows), None)  # each counts once, as published
-        user_A = np.repeat(np.arange(len(lengths_U)), np.diff(dataset.offsets_U1))
-        inside_A = np.arange(len(dataset.items_A)) - dataset.offsets_U1[user_A] < lengths_U[user_A]
-        actions_V, items = np.bincount(dataset.items_A[inside_A], minlength=rows), len(dataset.item_ids)
+        items = len(dataset.item_ids)
+        actions_V = np.pad(train_counts(dataset), (0, rows - items - 1))
         share_V = (actions_V + SMOOTHING) / (actions_V.sum() + SMOOTHING * items)
         bias_V, upto_V = -np.log(config.negatives * share_V), np.cumsum(actions_V)
         return NegativeSource(None, jnp.asarray(bias_V, jnp.float32), jnp.asarray(upto_V, jnp.int32))

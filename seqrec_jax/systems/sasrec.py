@@ -7,7 +7,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from seqrec_jax import encoders
 from seqrec_jax.augment import augment_all, draw_operators
-from seqrec_jax.data.batches import histories_of, place, train_lengths
+from seqrec_jax.data.batches import histories_of, place
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.losses.negatives import negative_source
 from seqrec_jax.losses.next_item import next_item_loss
@@ -38,7 +38,7 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
         loss=loss,
         data={
             "items_A": dataset.items_A,
-            "negatives": negative_source(config.loss, dataset, train_lengths(dataset), encoders.table_rows(num_items)),
+            "negatives": negative_source(config.loss, dataset, encoders.table_rows(num_items)),
         },
     )
 
