@@ -76,11 +76,12 @@ def save(store: Store, state: TrainState, meta: dict, keep: Collection[int] = ()
     step = int(state.step)
     meta = json.loads(json.dumps({"format": FORMAT, "step": step} | meta))
     rest = {"optimizer": state.optimizer, "state": state.state}
-    whole = _steps(store.directory, whole=True)
-    if step in whole and read_meta(store, step) != meta:
+    known = step in _steps(store.directory, whole=True)
+    differs = known and read_meta(store, step) != meta
+    _wait_for_all(f"compared {step}")
+    if differs:
         _drop(store, step)
-        whole.remove(step)
-    if step not in whole:
+    if differs or not known:
         saved = store.manager.save(
             step,
             args=ocp.args.Composite(
@@ -96,6 +97,7 @@ def save(store: Store, state: TrainState, meta: dict, keep: Collection[int] = ()
             _write_manifest(store.directory / str(step))
         _wait_for_all(f"manifest {step}")
     kept = _steps(store.directory, whole=True)
+    _wait_for_all(f"saved {step}")
     needed = {_best_step(store, step) for step in kept[-2:]} | set(keep)
     for old in kept[:-2]:
         if old not in needed:
@@ -111,10 +113,15 @@ def restore_latest(store: Store, like: TrainState) -> tuple[TrainState, dict] | 
         try:
             return restore(store, step, like)
         except Damaged as damage:
-            aside = next(path for path in _names_aside(store.directory, step) if not path.exists())
-            os.replace(store.directory / str(step), aside)
+            _wait_for_all(f"damaged {step}")
+            if jax.process_index() == 0:
+                aside = next(path for path in _names_aside(store.directory, step) if not path.exists())
+                os.replace(store.directory / str(step), aside)
+                log.warning(
+                    "checkpoint %d is damaged (%s): set aside as %s, trying the one before it", step, damage, aside
+                )
+            _wait_for_all(f"aside {step}")
             store.manager.reload()
-            log.warning("checkpoint %d is damaged (%s): set aside as %s, trying the one before it", step, damage, aside)
     damaged = sorted(path.name for path in store.directory.glob("damaged-*"))
     if damaged:
         raise UserError(
@@ -251,7 +258,7 @@ def _clear(directory: Path) -> None:
 
 
 def _wait_for_all(what: str) -> None:
-    """Several processes see what the first has written only after it."""
+    """Of several processes none goes on before all are here: they read the same files, and the first changes them."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 

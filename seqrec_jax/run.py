@@ -7,7 +7,6 @@ import threading
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -23,7 +22,7 @@ from seqrec_jax.errors import UserError
 from seqrec_jax.evaluate import make_evaluator
 from seqrec_jax.judge import make_task_evaluator
 from seqrec_jax.protocol import TASKS, protocol_of
-from seqrec_jax.sharding import make_mesh
+from seqrec_jax.sharding import make_mesh, shardings_of
 from seqrec_jax.train import identity, train
 from seqrec_jax.train_step import TrainState
 from seqrec_jax.transfer import find_parent
@@ -144,11 +143,13 @@ def _finished(config, workdir, dataset) -> dict | None:
 def _results(config, workdir, dataset, system, mesh, stop, task=None) -> dict:
     results = _header(config, dataset)
     if system.loss is None:
-        params = system.init(jax.random.key(config.seed))
-        state = TrainState(jnp.int32(0), params, {}, {})
+        state = TrainState(np.int32(0), system.init(jax.random.key(config.seed)), {}, {})
+        state = jax.device_put(state, shardings_of(mesh, state))
         store = checkpoint.open_store(workdir, create=True)
         checkpoint.save(store, state, identity(config, dataset) | {"best_step": 0})
-        return results | _metrics(config, dataset, system, params, mesh, None) | {"steps": 0, "train_seconds": 0.0}
+        return (
+            results | _metrics(config, dataset, system, state.params, mesh, None) | {"steps": 0, "train_seconds": 0.0}
+        )
     layout = train_layout(config, dataset, mesh, task)
     validate = _evaluator(config, dataset, "valid", mesh, task)
     analysis = None if task else Analysis(dataset, config, mesh)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -106,6 +107,7 @@ def train(
     lines = Log(workdir, step, progress.validated_step)
     bar = tqdm(total=total, initial=step, unit="step", desc=config.name, disable=jax.process_index() > 0)
     unread, read_at = None, 0.0  # the last dispatch, (sums, first step, last step); when the one before was read
+    stops = False
 
     def save():
         nonlocal saved
@@ -114,17 +116,19 @@ def train(
         saved = step
 
     def read(dispatch):
-        nonlocal read_at
+        nonlocal read_at, stops
         sums, now = jax.device_get(dispatch[0]), time.perf_counter()
         if sums["bad_step"] != NO_STEP:
             raise RunFailed(_not_finite(int(sums["bad_step"]), store))
-        progress.train_seconds += now - read_at
-        _log_steps(lines, bar, sums, *dispatch[1:], layout.steps, now - read_at)
+        stops, seconds = _agreed(stop.is_set(), now - read_at)
+        progress.train_seconds += seconds
+        _log_steps(lines, bar, sums, *dispatch[1:], layout.steps, seconds)
         read_at = now
 
     with contextlib.closing(lines), bar:
         while True:
-            stops = stop.is_set()
+            if jax.process_count() == 1:  # several see it when they read, all at the same step
+                stops = stop.is_set()
             saves = step % save_every == 0 or step in keep
             rests = stops or saves or step >= total or step % eval_every == 0
             if unread and (rests or _exhausted(config, progress)):
@@ -186,6 +190,16 @@ def identity(config: ConfigDict, dataset: SequenceDataset) -> dict:
         "attributes": dataset.attribute_names.tolist(),
         "dataset_hash": dataset.hash,
     }
+
+
+def _agreed(stops: bool, seconds: float) -> tuple[bool, float]:
+    """The same on all processes, so that they take the same steps: whether any is to stop, the seconds of the first."""
+    if jax.process_count() == 1:
+        return stops, seconds
+    from jax.experimental import multihost_utils
+
+    found = multihost_utils.process_allgather(np.float32([stops, seconds]))
+    return bool(found[:, 0].any()), float(found[0, 1])
 
 
 def _exhausted(config, progress) -> bool:

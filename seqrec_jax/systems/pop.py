@@ -15,7 +15,7 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
     """`pop.counts`: actions of the training part, or all. Equal counts: the item seen first in the file comes first."""
     scores_Vx1 = popularity_scores(dataset, config.pop.counts)
     return System(
-        init=lambda key: {"items": jnp.asarray(scores_Vx1)},
+        init=lambda key: {"items": scores_Vx1},
         states=lambda params, batch: jnp.ones((batch.users_U.shape[0], 1)),
     )
 
