@@ -120,14 +120,16 @@ def train(
         sums, now = jax.device_get(dispatch[0]), time.perf_counter()
         if sums["bad_step"] != NO_STEP:
             raise RunFailed(_not_finite(int(sums["bad_step"]), store))
-        stops, seconds = _agreed(stop.is_set(), now - read_at)
+        seconds = now - read_at
+        if jax.process_count() > 1:
+            stops, seconds = _agreed(stop.is_set(), seconds)
         progress.train_seconds += seconds
         _log_steps(lines, bar, sums, *dispatch[1:], layout.steps, seconds)
         read_at = now
 
     with contextlib.closing(lines), bar:
         while True:
-            if jax.process_count() == 1:  # several see it when they read, all at the same step
+            if jax.process_count() == 1:  # several learn it where they read, all at the same step
                 stops = stop.is_set()
             saves = step % save_every == 0 or step in keep
             rests = stops or saves or step >= total or step % eval_every == 0
@@ -194,8 +196,6 @@ def identity(config: ConfigDict, dataset: SequenceDataset) -> dict:
 
 def _agreed(stops: bool, seconds: float) -> tuple[bool, float]:
     """The same on all processes, so that they take the same steps: whether any is to stop, the seconds of the first."""
-    if jax.process_count() == 1:
-        return stops, seconds
     from jax.experimental import multihost_utils
 
     found = multihost_utils.process_allgather(np.float32([stops, seconds]))
