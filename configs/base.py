@@ -180,7 +180,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.mesh = mesh = ConfigDict()
     mesh.data = -1  # devices the batch is split over; -1 = all that mesh.model leaves
     mesh.model = 1  # devices the item table is split over
-    mesh.distributed = False  # call jax.distributed.initialize() first (several hosts)
+    mesh.distributed = False  # several processes train together, as Cloud TPU, Slurm or mpirun start them
     return config
 
 

@@ -6,16 +6,19 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from seqrec_jax import config as configuration
 from seqrec_jax.errors import UserError
 from seqrec_jax.validate import flatten
 
+SHARED_AFTER = 20  # seconds in which a network disk shows on one host what another has written
 # Keys that a resumed run may change: they decide when it stops and where things lie, not what a step computes.
 CHANGEABLE = (
     "train.max_epochs", "train.max_steps", "train.max_seconds", "train.patience", "train.save_every",
@@ -31,6 +34,7 @@ def locked(workdir: Path) -> Iterator[None]:
     Of several processes of one run, the first holds the lock and writes all files but the checkpoints' arrays.
     """
     if jax.process_index() > 0:
+        _check_shared(workdir, 0)
         yield
         return
     try:
@@ -49,7 +53,24 @@ def locked(workdir: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
+        os.fsync(file.fileno())
+        if jax.process_count() > 1:
+            _check_shared(workdir, os.getpid())
         yield
+
+
+def _check_shared(workdir: Path, process: int) -> None:
+    """That all processes see the lock of the first, whose number it gives: they write checkpoints together."""
+    from jax.experimental import multihost_utils
+
+    first, waited_until = int(multihost_utils.broadcast_one_to_all(np.int32(process))), time.monotonic() + SHARED_AFTER
+    path = workdir / "lock"
+    while not (seen := path.is_file() and path.read_text().startswith(f"process {first} ")):
+        if time.monotonic() > waited_until:
+            break
+        time.sleep(0.1)
+    if not multihost_utils.process_allgather(np.bool_(seen)).all():
+        raise UserError(f"--workdir={workdir} is not one folder for all processes: name one that all their hosts mount")
 
 
 def settle_config(workdir: Path, config: ConfigDict) -> None:

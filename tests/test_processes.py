@@ -55,12 +55,12 @@ def command(cache, workdir, **changes):
     return [sys.executable, "-m", "seqrec_jax.main", "--config=configs/sasrec.py", f"--workdir={workdir}", *settings]
 
 
-def start(cache, workdir, **changes):
+def start(cache, workdir, other=None, **changes):
     """Both processes; what they print goes to 0.log and 1.log beside the workdir."""
     job = {"OMPI_MCA_orte_hnp_uri": f"{random.randrange(4096) * 4096}.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2"}
-    whole = command(cache, workdir, mesh__distributed="true", **changes)
     started = []
-    for rank in "01":
+    for rank, folder in (("0", workdir), ("1", other or workdir)):
+        whole = command(cache, folder, mesh__distributed="true", **changes)
         env = os.environ | job | {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_LOCAL_RANK": rank}
         with (workdir.parent / f"{rank}.log").open("w") as log:
             started.append(subprocess.Popen(whole, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT))
@@ -125,3 +125,10 @@ def test_a_damaged_checkpoint_is_set_aside_once(cache, two_processes, tmp_path):
     assert ended(start(cache, workdir)) == [0, 0]
     assert [path.name for path in (workdir / "checkpoints").glob("damaged-*")] == ["damaged-10"]
     assert_same(two_processes, workdir)
+
+
+def test_workdirs_that_are_not_one_folder_are_refused(cache, tmp_path):
+    assert ended(start(cache, tmp_path / "run", tmp_path / "elsewhere")) == [2, 2]
+    for log in ("0.log", "1.log"):
+        assert "is not one folder for all processes" in (tmp_path / log).read_text()
+    assert not (tmp_path / "run" / "config.json").exists()
