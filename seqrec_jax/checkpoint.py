@@ -76,7 +76,7 @@ def save(store: Store, state: TrainState, meta: dict, keep: Collection[int] = ()
     step = int(state.step)
     meta = json.loads(json.dumps({"format": FORMAT, "step": step} | meta))
     rest = {"optimizer": state.optimizer, "state": state.state}
-    known = step in _steps(store.directory, whole=True)
+    known = step in _whole(store)
     differs = known and read_meta(store, step) != meta
     _wait_for_all(f"compared {step}")
     if differs:
@@ -96,8 +96,7 @@ def save(store: Store, state: TrainState, meta: dict, keep: Collection[int] = ()
         if jax.process_index() == 0:
             _write_manifest(store.directory / str(step))
         _wait_for_all(f"manifest {step}")
-    kept = _steps(store.directory, whole=True)
-    _wait_for_all(f"saved {step}")
+    kept = _whole(store)
     needed = {_best_step(store, step) for step in kept[-2:]} | set(keep)
     for old in kept[:-2]:
         if old not in needed:
@@ -109,11 +108,10 @@ def restore_latest(store: Store, like: TrainState) -> tuple[TrainState, dict] | 
 
     A damaged one is named, set aside as damaged-STEP, and the one before it is used; if all are damaged: an error.
     """
-    for step in reversed(_steps(store.directory, whole=True)):
+    for step in reversed(_whole(store)):
         try:
             return restore(store, step, like)
         except Damaged as damage:
-            _wait_for_all(f"damaged {step}")
             if jax.process_index() == 0:
                 aside = next(path for path in _names_aside(store.directory, step) if not path.exists())
                 os.replace(store.directory / str(step), aside)
@@ -185,7 +183,7 @@ def find(workdir: Path, name: str = "best") -> tuple[Store, int, dict]:
     """(store, step, meta) of a checkpoint: best (as the newest undamaged one records it), last, STEP or epochN."""
     store = open_store(workdir, create=False)
     last, meta = _newest_undamaged(store)
-    whole, per_epoch = _steps(store.directory, whole=True), meta.get("steps_per_epoch")
+    whole, per_epoch = _whole(store), meta.get("steps_per_epoch")
     named = {"best": meta["best_step"], "last": last} | {str(step): step for step in whole}
     named |= {f"epoch{step // per_epoch}": step for step in whole if per_epoch and step and step % per_epoch == 0}
     named = {known: step for known, step in named.items() if step in whole}  # the best: none before a validation
@@ -197,7 +195,7 @@ def find(workdir: Path, name: str = "best") -> tuple[Store, int, dict]:
 
 def _newest_undamaged(store: Store) -> tuple[int, dict]:
     damages = []
-    for step in reversed(_steps(store.directory, whole=True)):
+    for step in reversed(_whole(store)):
         try:
             _verify(store.directory / str(step))
         except Damaged as damage:
@@ -269,6 +267,21 @@ class Damaged(UserError):
     """A file of a checkpoint is missing or differs from the manifest."""
 
 
+def _whole(store: Store) -> list[int]:
+    """Steps of the whole checkpoints in rising order, as the first process sees them."""
+    return _of_first(_steps(store.directory, whole=True))
+
+
+def _of_first(numbers: list[int]) -> list[int]:
+    """What the first process has: a network disk may show the others later what it has written."""
+    if jax.process_count() == 1:
+        return numbers
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    count = int(broadcast_one_to_all(np.int32(len(numbers))))
+    return broadcast_one_to_all(np.resize(np.int32(numbers), count)).tolist() if count else []
+
+
 def _steps(directory: Path, *, whole: bool) -> list[int]:
     """Steps with (whole) or without a manifest, in rising order by number."""
     found = [path for path in directory.iterdir() if path.name.isdigit()]
@@ -312,15 +325,23 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _verify(folder: Path) -> None:
+    """Raises Damaged where a file does not have its checksum; of several processes the first looks."""
+    damage = _damage(folder) if jax.process_index() == 0 else ""
+    if _of_first([bool(damage)])[0]:
+        raise Damaged(damage or f"{folder}: see what the first process says")
+
+
+def _damage(folder: Path) -> str:
     try:
         entries = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise Damaged(f"{folder / MANIFEST}: {error}") from error
+        return f"{folder / MANIFEST}: {error}"
     for name, digest in entries.items():
         if not (folder / name).is_file():
-            raise Damaged(f"{folder / name} is missing")
+            return f"{folder / name} is missing"
         if _digest(folder / name) != digest:
-            raise Damaged(f"{folder / name} differs from its checksum")
+            return f"{folder / name} differs from its checksum"
+    return ""
 
 
 def _abstract(tree):

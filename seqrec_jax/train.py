@@ -152,7 +152,7 @@ def train(
             until = min(total, *((step // every + 1) * every for every in bounds))
             read_at = read_at if unread else time.perf_counter()
             state, sums = program.run(state, step, until)
-            if unread:  # while the next steps are computed
+            if unread:  # while the next steps are computed (of several processes, after them: what they agree on waits)
                 read(unread)
             unread, step = (sums, step, until), until
     if analysis and system.judged != "never" and progress.collapsed is None:

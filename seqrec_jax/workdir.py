@@ -4,11 +4,13 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import jax
 import numpy as np
@@ -19,6 +21,7 @@ from seqrec_jax.errors import UserError
 from seqrec_jax.validate import flatten
 
 SHARED_AFTER = 20  # seconds in which a network disk shows on one host what another has written
+REFUSED = -1  # instead of a start's number
 # Keys that a resumed run may change: they decide when it stops and where things lie, not what a step computes.
 CHANGEABLE = (
     "train.max_epochs", "train.max_steps", "train.max_seconds", "train.patience", "train.save_every",
@@ -33,44 +36,63 @@ def locked(workdir: Path) -> Iterator[None]:
 
     Of several processes of one run, the first holds the lock and writes all files but the checkpoints' arrays.
     """
-    if jax.process_index() > 0:
-        _check_shared(workdir, 0)
+    with contextlib.ExitStack() as held:
+        failure, start = None, secrets.randbelow(2**31)
+        if jax.process_index() == 0:
+            try:
+                held.enter_context(_lock(workdir, start))
+            except UserError as error:
+                failure, start = error, REFUSED
+        if jax.process_count() > 1:
+            _check_shared(workdir, start)
+        if failure:
+            raise failure
         yield
-        return
+
+
+def _lock(workdir: Path, start: int) -> IO:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / "lock").open("a+")
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written to: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        with file:
             raise UserError(
                 f"--workdir={workdir} is in use by another run ({file.read().strip()}): wait for it, or name another"
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        os.fsync(file.fileno())
-        if jax.process_count() > 1:
-            _check_shared(workdir, os.getpid())
-        yield
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, start {start}")
+    file.flush()
+    os.fsync(file.fileno())
+    return file
 
 
-def _check_shared(workdir: Path, process: int) -> None:
-    """That all processes see the lock of the first, whose number it gives: they write checkpoints together."""
+def _check_shared(workdir: Path, start: int) -> None:
+    """That all processes see the lock of the first, by the number of its start: they write checkpoints together."""
     from jax.experimental import multihost_utils
 
-    first, waited_until = int(multihost_utils.broadcast_one_to_all(np.int32(process))), time.monotonic() + SHARED_AFTER
-    path = workdir / "lock"
-    while not (seen := path.is_file() and path.read_text().startswith(f"process {first} ")):
-        if time.monotonic() > waited_until:
-            break
+    first = int(multihost_utils.broadcast_one_to_all(np.int32(start)))
+    if first == REFUSED:
+        if jax.process_index() > 0:
+            raise UserError(f"--workdir={workdir}: the first process cannot use it, and says why")
+        return
+    deadline = time.monotonic() + SHARED_AFTER
+    while not (seen := _reads(workdir / "lock").endswith(f" {first}")) and time.monotonic() < deadline:
         time.sleep(0.1)
     if not multihost_utils.process_allgather(np.bool_(seen)).all():
         raise UserError(f"--workdir={workdir} is not one folder for all processes: name one that all their hosts mount")
+
+
+def _reads(path: Path) -> str:
+    """The text of a file, or none if there is no such file yet."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def settle_config(workdir: Path, config: ConfigDict) -> None:

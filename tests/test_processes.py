@@ -15,7 +15,7 @@ import pytest
 from seqrec_jax import checkpoint
 from seqrec_jax.main import STOPPED
 from seqrec_jax.sharding import make_mesh
-from seqrec_jax.workdir import read_lines
+from seqrec_jax.workdir import locked, read_lines
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,3 +132,10 @@ def test_workdirs_that_are_not_one_folder_are_refused(cache, tmp_path):
     for log in ("0.log", "1.log"):
         assert "is not one folder for all processes" in (tmp_path / log).read_text()
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_workdir_in_use_is_refused_by_both(cache, tmp_path):
+    with locked(tmp_path / "run"):
+        assert ended(start(cache, tmp_path / "run")) == [2, 2]
+    assert "is in use by another run" in (tmp_path / "0.log").read_text()
+    assert "the first process cannot use it" in (tmp_path / "1.log").read_text()

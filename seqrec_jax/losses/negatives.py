@@ -1,4 +1,4 @@
-"""Negative items: drawn exactly, on the device, from the training part alone."""
+"""Negative items: drawn on the device, from the training part alone."""
 
 import jax
 import jax.numpy as jnp

@@ -8,8 +8,11 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 P = PartitionSpec
-SAFE = 40.0  # exp(−2 SAFE) is a float32 with all its digits
-HEADROOM = 60.0  # the sum of exp(HEADROOM) over 10^12 columns is a float32
+SAFE = 40.0  # scores within ±SAFE may be shifted by that bound: exp(−2 SAFE) is a float32 with all its digits
+# Above, the shift is lower than the bound by HEADROOM: the sum of exp(HEADROOM) over 10^12 columns is a float32. What
+# is in the sum must be so NEAR that 10^7 columns that float32 takes for zero, below exp(−87), are a 50,000th of it.
+HEADROOM = NEAR = 60.0
+LARGE = 1000.0  # where what matrix units round is more than the headroom
 # Above this, one row of logits is large: tiles of columns, whose exponentials are made again for their gradient.
 MANY_COLUMNS = 2**17
 TILE_COLUMNS = {"cpu": 2**11, "gpu": 2**15, "tpu": 2**15}  # in cache on a CPU, few launches elsewhere
@@ -44,7 +47,7 @@ def softmax_loss(
     arrays = (hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, targets_N, column_ids_C)
     specs = (rows, rows, columns, rows, columns, rows, columns)
     specs = tuple(None if array is None else spec for array, spec in zip(arrays, specs, strict=True))
-    total, count = _sums(mesh, specs, chunk or chunk_rows(columns_CxD.shape[0]), *arrays)
+    total, count = _sums(mesh, specs, chunk or chunk_rows(columns_CxD.shape[0] // mesh.shape["model"]), *arrays)
     return total / jnp.maximum(count, 1)
 
 
@@ -133,12 +136,12 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
             highest = lambda number, top_M: jnp.maximum(top_M, tile(number, zero_M)[2].max(axis=1))  # noqa: E731
             return jax.lax.pmax(jax.lax.fori_loop(0, tiles, highest, least_M), "model")
 
-        # A bound on the logits, less what exponentials have room for, is a shift that costs no pass over them, as long
-        # as it is not so far above what is in the sum that this is lost.
+        # A bound on the logits, less what exponentials have room for, is a shift that costs no pass over them.
         bound_M = jnp.sqrt((hidden_MxD**2).sum(axis=1)) * longest + jnp.maximum(highest_bias, 0)
         bound_M = jnp.maximum(bound_M, least_M)
         shift_M = bound_M - jnp.clip(bound_M - SAFE, 0, HEADROOM)
-        top_M = jax.lax.cond((shift_M - least_M).max() < 2 * SAFE, lambda: shift_M, maximum)
+        near_M = (shift_M - least_M < NEAR) & (bound_M < LARGE)
+        top_M = jax.lax.cond(((bound_M < SAFE) | near_M | ~real_M).all(), lambda: shift_M, maximum)
         top_M = _short(top_M)
 
         def mixed(number):
