@@ -53,7 +53,13 @@ def run(argv: Sequence[str]) -> int:
         with config.unlocked():
             config.mesh.data = config.mesh.model = 1
     if config.mesh.distributed and arguments.mode == "train":
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:  # nothing says who the others are
+            raise UserError(
+                f"config.mesh.distributed=true finds no other processes ({error}): start them by Cloud TPU, Slurm or "
+                "mpirun, or leave it out: one process uses all devices of its machine"
+            ) from error
     validate(config, jax.device_count())
     if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
         programs = runs.cache_dir(config, workdir) / "programs"

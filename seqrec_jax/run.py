@@ -147,9 +147,8 @@ def _results(config, workdir, dataset, system, mesh, stop, task=None) -> dict:
         state = jax.device_put(state, shardings_of(mesh, state))
         store = checkpoint.open_store(workdir, create=True)
         checkpoint.save(store, state, identity(config, dataset) | {"best_step": 0})
-        return (
-            results | _metrics(config, dataset, system, state.params, mesh, None) | {"steps": 0, "train_seconds": 0.0}
-        )
+        metrics = _metrics(config, dataset, system, state.params, mesh, None)
+        return results | metrics | {"steps": 0, "train_seconds": 0.0}
     layout = train_layout(config, dataset, mesh, task)
     validate = _evaluator(config, dataset, "valid", mesh, task)
     analysis = None if task else Analysis(dataset, config, mesh)

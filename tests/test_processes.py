@@ -127,6 +127,13 @@ def test_a_damaged_checkpoint_is_set_aside_once(cache, two_processes, tmp_path):
     assert_same(two_processes, workdir)
 
 
+def test_several_processes_that_nothing_started_are_explained(cache, tmp_path):
+    alone = command(cache, tmp_path / "run", mesh__distributed="true")
+    found = subprocess.run(alone, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert found.returncode == 2 and "config.mesh.distributed=true finds no other processes" in found.stderr
+    assert "Traceback" not in found.stderr and not (tmp_path / "run").exists()
+
+
 def test_workdirs_that_are_not_one_folder_are_refused(cache, tmp_path):
     assert ended(start(cache, tmp_path / "run", tmp_path / "elsewhere")) == [2, 2]
     for log in ("0.log", "1.log"):

@@ -39,8 +39,9 @@ def softmax_loss(
     whose id is the row's target is left out, and the positive joins the sum. `others_N`: the log-sum-exp of further
     competitors of each row's own (−inf: none), which joins the sum as well.
 
-    Walks over chunks of real targets, with a traced number of chunks, and makes loss and all gradients at once: nothing
-    is computed twice and padding costs nothing; `chunk * C` is the largest array, or a tile of it where C is large.
+    Walks over chunks of real targets, with a traced number of chunks, and makes loss and all gradients at once: padding
+    costs nothing; `chunk * C` is the largest array, or a tile of it where C is large. Logits are made once, but again
+    for the gradient of tiles, and where their maximum has to be sought.
     Rows are split over the mesh's "data", columns over its "model".
     """
     rows, columns = P("data"), P("model")
