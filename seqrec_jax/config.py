@@ -4,7 +4,6 @@ import difflib
 import hashlib
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -196,13 +195,6 @@ def to_json(config: ConfigDict) -> str:
 def from_json(text: str) -> ConfigDict:
     """The locked config `to_json` wrote. A key that is newer than the file takes its default of configs/base.py."""
     return from_dict(json.loads(text))
-
-
-def save(config: ConfigDict, path: Path) -> None:
-    """Writes config.json; a reader sees the old file or the new one, never a part."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(to_json(config))
-    os.replace(part, path)
 
 
 def config_hash(config: ConfigDict) -> str:

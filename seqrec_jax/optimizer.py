@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 
 def schedule(name: str, step: jax.Array, total_steps: int, warmup_steps: int) -> jax.Array:
@@ -13,15 +14,15 @@ def schedule(name: str, step: jax.Array, total_steps: int, warmup_steps: int) ->
     return warm * falling
 
 
-def transform(name: str, hparams: dict, rate: jax.Array, *, decays: bool, clips: bool) -> optax.GradientTransformation:
-    """adam (AdamW where `decays`) or sgd (with momentum hparams["beta1"]) at the learning rate `rate`, on gradients
-    clipped to hparams["clip_norm"].
+def transform(train: ConfigDict, hparams: dict, rate: jax.Array) -> optax.GradientTransformation:
+    """Adam (AdamW where `config.train` decays weights) or SGD (its momentum is hparams["beta1"]) at the learning rate
+    `rate`, on gradients clipped to hparams["clip_norm"] where it clips.
     """
     momentum = optax.trace(decay=hparams["beta1"])
     return optax.chain(
-        optax.clip_by_global_norm(hparams["clip_norm"]) if clips else optax.identity(),
-        momentum if name == "sgd" else optax.scale_by_adam(b1=hparams["beta1"], b2=hparams["beta2"]),
-        optax.add_decayed_weights(hparams["weight_decay"], mask=decayed) if decays else optax.identity(),
+        optax.clip_by_global_norm(hparams["clip_norm"]) if train.clip_norm else optax.identity(),
+        momentum if train.optimizer == "sgd" else optax.scale_by_adam(b1=hparams["beta1"], b2=hparams["beta2"]),
+        optax.add_decayed_weights(hparams["weight_decay"], mask=decayed) if train.weight_decay else optax.identity(),
         optax.scale(-rate),
     )
 

@@ -32,12 +32,6 @@ class TrainState:
     state: Any  # neither trained nor constant, e.g. batch statistics
 
 
-def make_transform(config: ConfigDict, hparams: dict, rate: jax.Array):
-    """The optax chain of `config.train` at the learning rate `rate`."""
-    train = config.train
-    return transform(train.optimizer, hparams, rate, decays=train.weight_decay > 0, clips=train.clip_norm > 0)
-
-
 class Start:
     """The state that a run starts with, to be: shapes without values, and a program that computes the values."""
 
@@ -45,7 +39,7 @@ class Start:
         def initial_state(seed):
             params = system.init(jax.random.fold_in(jax.random.key(seed), 1))
             return TrainState(
-                jnp.int32(0), params, make_transform(config, hparams_of(config), 0.0).init(params), system.state
+                jnp.int32(0), params, transform(config.train, hparams_of(config), 0.0).init(params), system.state
             )
 
         self.mesh, self.seed = mesh, jax.device_put(np.int32(config.seed))
@@ -98,8 +92,8 @@ def _train_steps(loss: Callable, config: FrozenConfigDict, mesh: Mesh, total_ste
             state.params, state.state, batch, key, hparams, data
         )
         factor = schedule(config.train.schedule, state.step, total_steps, config.train.warmup_steps)
-        transform_ = make_transform(config, hparams, hparams["learning_rate"] * factor)
-        updates, optimizer = transform_.update(gradients, state.optimizer, state.params)
+        chain = transform(config.train, hparams, hparams["learning_rate"] * factor)
+        updates, optimizer = chain.update(gradients, state.optimizer, state.params)
         params = jax.tree.map(jnp.add, state.params, updates)
         finite = jnp.isfinite(value) & jnp.isfinite(sum(jnp.sum(g) for g in jax.tree.leaves(gradients)))
         counts = {

@@ -111,7 +111,7 @@ def settle_config(workdir: Path, config: ConfigDict) -> None:
         if old == new:
             return
     if jax.process_index() == 0:
-        configuration.save(config, path)
+        _write_aside(path, configuration.to_json(config))
 
 
 class Log:
@@ -125,9 +125,7 @@ class Log:
             return
         self.path = workdir / "metrics.jsonl"
         kept = [json.dumps(line) + "\n" for line in read_lines(self.path) if line["step"] <= last[line["kind"]]]
-        part = self.path.with_name("metrics.jsonl.part")
-        part.write_text("".join(kept))
-        os.replace(part, self.path)
+        _write_aside(self.path, "".join(kept))
         self.file = self.path.open("a")
         self.events = _summary_writer()(str(workdir / "tensorboard"), purge_step=step + 1)
 
@@ -170,8 +168,12 @@ def read_lines(path: Path) -> list[dict]:
 
 def write_json(path: Path, value: dict) -> None:
     """Writes a whole JSON file or nothing, on the first process."""
-    if jax.process_index() > 0:
-        return
+    if jax.process_index() == 0:
+        _write_aside(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write_aside(path: Path, text: str) -> None:
+    """A reader sees the old file or the new one, never a part."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.write_text(text)
     os.replace(part, path)

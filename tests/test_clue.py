@@ -257,7 +257,8 @@ def test_masked_items_are_recovered_from_their_cells():
 
 def test_momentum_is_that_of_sgd():
     gradients, params = [jnp.array([1.0, -2.0]), jnp.array([0.5, 1.0])], jnp.zeros(2)
-    rule = transform("sgd", {"beta1": 0.9}, 0.1, decays=False, clips=False)
+    settings = FrozenConfigDict({"optimizer": "sgd", "weight_decay": 0.0, "clip_norm": 0.0})
+    rule = transform(settings, {"beta1": 0.9}, 0.1)
     state, velocity, found, wanted = rule.init(params), np.zeros(2), params, np.zeros(2)
     for gradient in gradients:
         updates, state = rule.update(gradient, state)

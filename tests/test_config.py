@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from seqrec_jax import config as configuration
-from seqrec_jax.config import default_workdir, from_json, load, parse_arguments, save, to_json
+from seqrec_jax.config import default_workdir, from_json, load, parse_arguments, to_json
 from seqrec_jax.data.sources import DATASETS
 from seqrec_jax.errors import UserError
 from seqrec_jax.protocol import PROTOCOLS
@@ -183,7 +183,7 @@ def test_command_line(tmp_path):
 
 
 def test_recommend_takes_a_history_and_the_config_of_the_workdir(tmp_path):
-    save(overridden("seed=7", source=CL4SREC), tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(to_json(overridden("seed=7", source=CL4SREC)))
     arguments = parse_arguments([f"--workdir={tmp_path}", "--mode=recommend", "--history=a, b=1,c", "--k=5"])
     assert (arguments.history, arguments.k, arguments.config.seed) == (("a", "b=1", "c"), 5, 7)
 
@@ -348,7 +348,7 @@ def test_a_batch_that_the_devices_do_not_divide():
 def test_config_json_reloads_to_the_same_run(tmp_path):
     overrides = ("report.baselines=", "train.learning_rate=1", "augment.operators=mask")
     config = overridden(*overrides, source=f"{CL4SREC}:ml1m")
-    save(config, tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(to_json(config))
     again = load(str(tmp_path / "config.json"))
     assert again == config and to_json(again) == to_json(config)
     assert {key: type(value) for key, value in flatten(again).items()} == {

@@ -14,7 +14,7 @@ import pytest
 
 import seqrec_jax
 from seqrec_jax import checkpoint, embed, systems
-from seqrec_jax.config import load, save
+from seqrec_jax.config import load, to_json
 from seqrec_jax.data.batches import batch_of, history_examples, make_layout, plan_epoch
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.prepare import prepare
@@ -46,7 +46,7 @@ def runs(tmp_path_factory):
             params = jax.jit(systems.build(config, dataset, make_mesh(1, 1)).init)(jax.random.key(0))
             made[key] = folder / str(len(made))
             made[key].mkdir()
-            save(config, made[key] / "config.json")
+            (made[key] / "config.json").write_text(to_json(config))
             state = TrainState(jnp.int32(0), params, {}, {})
             store = checkpoint.open_store(made[key], create=True)
             checkpoint.save(store, state, identity(config, dataset) | {"best_step": 0})

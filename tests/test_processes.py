@@ -116,6 +116,22 @@ def test_both_stop_at_one_step_when_either_is_asked_to_and_go_on_as_if_never_sto
     assert_same(two_processes, workdir)
 
 
+@pytest.mark.parametrize("killed", [0, 1])
+def test_when_one_is_killed_the_other_ends_and_the_same_commands_go_on(cache, two_processes, tmp_path, killed):
+    workdir = tmp_path / "run"
+    processes = start(cache, workdir)
+    deadline = time.monotonic() + 200
+    while not any(line["step"] >= 4 for line in read_lines(workdir / "metrics.jsonl")):  # a checkpoint is written
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    processes[killed].kill()
+    codes = ended(processes)
+    assert codes[killed] == -signal.SIGKILL and codes[1 - killed] not in (0, STOPPED)
+    assert ended(start(cache, workdir)) == [0, 0]
+    assert "resuming at step" in (tmp_path / "0.log").read_text()
+    assert_same(two_processes, workdir)
+
+
 def test_a_damaged_checkpoint_is_set_aside_once(cache, two_processes, tmp_path):
     workdir = tmp_path / "run"
     assert ended(start(cache, workdir, train__max_epochs=2)) == [0, 0]

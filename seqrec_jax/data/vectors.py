@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from seqrec_jax.errors import UserError
 
@@ -16,6 +14,9 @@ from seqrec_jax.errors import UserError
 @contextlib.contextmanager
 def vector_writer(path: Path, column: str, dim: int) -> Iterator[Callable[[Sequence[str], np.ndarray], None]]:
     """write(ids, vectors_NxD) appends a row group; the file takes its name when all is written."""
+    import pyarrow as pa  # a tenth of a second, which no start of a training waits for
+    import pyarrow.parquet as pq
+
     schema = pa.schema({column: pa.string(), "vector": pa.list_(pa.float32(), dim)})
     part = path.with_name(path.name + ".part")
 
