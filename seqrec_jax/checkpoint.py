@@ -60,6 +60,8 @@ def open_store(workdir: Path, *, create: bool) -> Store:
         if jax.process_index() == 0:
             _clear(directory)
         _wait_for_all("checkpoints cleared")
+    elif (workdir / "folds").is_dir():
+        raise UserError(f"{workdir}: this run is in folds; name one of them: --workdir={workdir / 'folds' / '0'}")
     elif not directory.is_dir():
         raise UserError(f"{workdir}: no checkpoints here; train first, or name another --workdir")
     return Store(directory, writable=create)
@@ -186,7 +188,9 @@ def find(workdir: Path, name: str = "best") -> tuple[Store, int, dict]:
     whole, per_epoch = _whole(store), meta.get("steps_per_epoch")
     named = {"best": meta["best_step"], "last": last} | {str(step): step for step in whole}
     named |= {f"epoch{step // per_epoch}": step for step in whole if per_epoch and step and step % per_epoch == 0}
-    named = {known: step for known, step in named.items() if step in whole}  # the best: none before a validation
+    if meta.get("best_value", 0) is None:  # stopped before a validation
+        del named["best"]
+    named = {known: step for known, step in named.items() if step in whole}
     if name not in named:
         raise unknown(f"{workdir}: the checkpoint", name, named)
     _verify(store.directory / str(named[name]))

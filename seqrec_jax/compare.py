@@ -6,6 +6,7 @@ import dataclasses
 import html
 import io
 import json
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def read_run(workdir: Path) -> Run:
         arrays = report.read_arrays(workdir) if results.get("analysis") else None
     except FileNotFoundError as error:
         raise UserError(f"--workdirs: {workdir} has no {Path(error.filename).name}: {UNFINISHED}") from error
-    except ValueError as error:
+    except (ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"--workdirs: {workdir} has a damaged file: {error}") from error
     if results["config_hash"] != configuration.config_hash(config):
         raise UserError(f"--workdirs: {workdir} has results of an earlier config: {UNFINISHED}")

@@ -22,6 +22,7 @@ from seqrec_jax.errors import UserError
 from seqrec_jax.recommend import Model, load_model
 from seqrec_jax.sharding import make_mesh, replicated, split_rows
 from seqrec_jax.validate import PRETRAINING, mesh_shape
+from seqrec_jax.workdir import check_trained
 
 CHUNK = 2**14  # users held at once
 
@@ -34,6 +35,7 @@ def embed(config: ConfigDict, workdir: Path, kind: str, histories: Path | None, 
     """
     mesh = make_mesh(*mesh_shape(config, jax.device_count()))
     model = load_model(workdir, mesh, "last" if config.system in PRETRAINING else "best")
+    check_trained(config, model.meta, workdir)
     if model.config.system == "pop":
         raise UserError(f"{workdir}: system=pop has no vectors; name the workdir of another system")
     if model.config.profile.vectors:

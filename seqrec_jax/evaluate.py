@@ -84,12 +84,12 @@ class Unjudged:
 
 def make_evaluator(dataset: SequenceDataset, config: ConfigDict, split: str, mesh: Mesh) -> Evaluator | Unjudged:
     """The evaluator of `split` (valid or test) under the config's protocol."""
-    if not ranks_items(config):
-        return Unjudged()
     protocol, held_out = protocol_of(config), HELD_OUT[split]
     examples = history_examples(dataset, held_out, config.encoder.max_length)
-    if not len(examples.user_E):
+    if not len(examples.user_E):  # nor looked at by the analysis, which takes such users, too
         raise UserError("no user has 3 items or more, so nothing can be evaluated; see data_report.json")
+    if not ranks_items(config):
+        return Unjudged()
     target_U = np.zeros(len(dataset.user_ids), np.int32)
     target_U[examples.user_E] = dataset.items_A[dataset.offsets_U1[examples.user_E + 1] - held_out]
     arrays = {

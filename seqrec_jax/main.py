@@ -48,6 +48,7 @@ def run(argv: Sequence[str]) -> int:
     from seqrec_jax.recommend import load
     from seqrec_jax.train import Stopped, stop_on_signals
     from seqrec_jax.validate import validate
+    from seqrec_jax.workdir import check_trained
 
     if arguments.mode == "recommend":  # on one device, wherever the run was trained
         with config.unlocked():
@@ -74,7 +75,9 @@ def run(argv: Sequence[str]) -> int:
         embed(config, workdir, arguments.embed, arguments.histories, runs.cache_dir(config, workdir), arguments.out)
     elif arguments.mode == "recommend":
         hide = protocol_of(config).hide_history == "yes"
-        found = load(workdir).recommend([arguments.history], arguments.k, hide_history=hide)
+        recommender = load(workdir)
+        check_trained(config, recommender.model.meta, workdir)
+        found = recommender.recommend([arguments.history], arguments.k, hide_history=hide)
         for item, score in zip(found.items[0], found.scores[0], strict=True):
             print(f"{item}\t{score:.6f}")
         if found.unknown[0]:

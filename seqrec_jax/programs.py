@@ -87,7 +87,8 @@ def _made(name, began, lowered, pointer, kept):
     if kept is None:
         program = lowered.compile()
     else:
-        digest = _digest(kept.compiler, lowered.as_text(), str(lowered.in_tree), str(lowered.out_tree))
+        # Arguments that the text does not read are not in it, and a program takes them in their shapes alone.
+        digest = _digest(kept.compiler, lowered.as_text(), str(lowered.args_info), str(lowered.out_tree))
         file = kept.folder / f"{_stem(name)}-{digest}.program"
         program = _load(file, kept)
         if not program:

@@ -115,8 +115,8 @@ def plots(workdir: Path, results: dict) -> None:
 
 def read_arrays(workdir: Path) -> dict[str, np.ndarray]:
     """The arrays of `workdir`/analysis.npz."""
-    with np.load(workdir / "analysis.npz") as file:
-        return dict(file)
+    with (workdir / "analysis.npz").open("rb") as file:
+        return dict(np.load(file))
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from seqrec_jax.train import identity, train
 from seqrec_jax.train_step import TrainState
 from seqrec_jax.transfer import find_parent
 from seqrec_jax.validate import PRETRAINING, mesh_shape
-from seqrec_jax.workdir import locked, settle_config, write_json
+from seqrec_jax.workdir import begun, check_trained, locked, settle_config, write_json
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +35,12 @@ log = logging.getLogger(__name__)
 def train_and_evaluate(config: ConfigDict, workdir: Path, stop: threading.Event) -> dict:
     """Trains (or resumes) in `workdir`, evaluates the best checkpoint, runs the baselines; returns results.json."""
     with locked(workdir):
-        begun = [*workdir.glob("checkpoints/[0-9]*"), *workdir.glob("folds/*/checkpoints/[0-9]*")]
-        if config.init_from and not begun:  # a run under way needs it no more
+        if config.init_from and not begun(workdir):  # a run under way needs it no more
             find_parent(config.init_from)  # what is missing is told before any work, and leaves no config.json
         settle_config(workdir, config)
         mesh = make_mesh(*mesh_shape(config, jax.device_count()))
+        if jax.process_count() > 1 and mesh.size < jax.device_count():
+            raise UserError(f"several processes train on all their {jax.device_count()} devices: leave out mesh.data")
         dataset, tasks = _data(config, workdir)
         finished = _finished(config, workdir, dataset)
         if finished:
@@ -73,11 +74,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict:
         raise UserError(f"{workdir}: a profile in folds is judged once; see results.json, and folds/ for each of them")
     mesh = make_mesh(*mesh_shape(config, jax.device_count()))
     store, step, meta = checkpoint.find(workdir)
-    trained = configuration.from_dict(meta["config"])
-    now, then = configuration.flatten(config), configuration.flatten(trained)
-    for key in now:  # of the last ones it follows who was trained on
-        if key.startswith(("system", "encoder.", "task", "split_seed", "profile.folds")) and now[key] != then[key]:
-            raise UserError(f"{workdir} was trained with config.{key}={then[key]}, not {now[key]}: leave --config out")
+    check_trained(config, meta, workdir)
     if config.system == "clue":
         raise UserError(f"{workdir}: pretraining has no metrics; what it learned is in results.json (analysis)")
     dataset, tasks = _data(config, workdir)
@@ -85,7 +82,10 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict:
     system = systems.build(config, dataset, mesh, tasks[0])
     params = checkpoint.restore_params(store, step, mesh)
     metrics = _metrics(config, dataset, system, params, mesh, tasks[0])
-    results = _header(config, dataset) | metrics | {"best_step": step, "parent": meta.get("parent")}
+    metric = protocol_of(configuration.from_dict(meta["config"])).metric  # it chose the checkpoint
+    line = dataclasses.replace(protocol_of(config), metric=metric).line()
+    results = _header(config, dataset) | {"metric": metric, "protocol_line": line}
+    results |= metrics | {"best_step": step, "parent": meta.get("parent")}
     write_json(workdir / f"results_{results['protocol']}.json", results)
     print(report.table(results))
     return results
@@ -183,12 +183,7 @@ def _folds(config, workdir, dataset, mesh, stop, tasks) -> dict:
     system, runs = systems.build(config, dataset, mesh, tasks[0]), []  # the tasks differ in their examples alone
     for number, task in enumerate(tasks):
         folder = workdir / "folds" / str(number)
-        folder.mkdir(parents=True, exist_ok=True)
-        settle_config(folder, config)
-        results = _finished(config, folder, dataset)
-        if not results:
-            results = _results(config, folder, dataset, system, mesh, stop, task)
-            write_json(folder / "results.json", results)
+        results = _inner(config, folder, dataset, lambda: system, mesh, stop, task)
         log.info("fold %d of %d: %s", number + 1, len(tasks), results["test"])
         runs.append(results)
     columns = {part: {name: [run[part][name] for run in runs] for name in runs[0][part]} for part in ("test", "valid")}
@@ -201,6 +196,17 @@ def _folds(config, workdir, dataset, mesh, stop, tasks) -> dict:
         **{key: sum(run[key] for run in runs) for key in ("steps", "train_seconds")},
         **{key: runs[0][key] for key in ("classes", "parent")},
     }
+
+
+def _inner(config, folder, dataset, build, mesh, stop, task=None) -> dict:
+    """The results of a run in a workdir of its own inside another; one that is finished is not run again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settle_config(folder, config)
+    results = _finished(config, folder, dataset)
+    if not results:
+        results = _results(config, folder, dataset, build(), mesh, stop, task)
+        write_json(folder / "results.json", results)
+    return results
 
 
 def _evaluator(config, dataset, split, mesh, task):
@@ -242,9 +248,6 @@ def _baseline(config, workdir, name, dataset, mesh, stop) -> dict:
     other = config.copy_and_resolve_references()
     with other.unlocked():
         other.system, other.name, other.init_from, other.report.baselines = name, name, "", ()
-    folder = workdir / "baselines" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    settle_config(folder, other)
-    results = _results(other, folder, dataset, systems.build(other, dataset, mesh), mesh, stop)
-    write_json(folder / "results.json", results)
+    build = lambda: systems.build(other, dataset, mesh)  # noqa: E731
+    results = _inner(other, workdir / "baselines" / name, dataset, build, mesh, stop)
     return {key: results[key] for key in ("test", "valid", "steps", "train_seconds")}

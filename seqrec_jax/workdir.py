@@ -28,6 +28,9 @@ CHANGEABLE = (
     "train.keep_epochs", "eval.batch_size", "report.baselines", "report.analysis", "data.dir", "data.path",
     "data.cache_dir", "mesh.data", "mesh.model", "mesh.distributed",
 )  # fmt: skip
+# What is read anew when a trained model is asked, except for what says who it was trained on.
+ASKED = ("eval.", "data.", "mesh.", "report.", "cold_start.", "profile.")
+TRAINED_ON = ("data.train_fraction", "data.hold_out", "profile.folds")
 
 
 @contextlib.contextmanager
@@ -95,10 +98,18 @@ def _reads(path: Path) -> str:
         return ""
 
 
+def begun(workdir: Path) -> bool:
+    """Whether a run in `workdir` has made a checkpoint."""
+    return any(any(workdir.glob(pattern)) for pattern in ("checkpoints/[0-9]*", "folds/*/checkpoints/[0-9]*"))
+
+
 def settle_config(workdir: Path, config: ConfigDict) -> None:
-    """Writes config.json if it is new; refuses to resume a run under a config that would compute something else."""
+    """Writes config.json if it is new; refuses to resume a run under a config that would compute something else.
+
+    A run that has no checkpoint yet, because something in its config was wrong, takes the corrected one.
+    """
     path = workdir / "config.json"
-    if path.is_file():
+    if path.is_file() and begun(workdir):
         old, new = flatten(configuration.from_json(path.read_text())), flatten(config)
         constant = config.train.schedule == config.contrastive.schedule == "constant"
         free = CHANGEABLE if constant else CHANGEABLE[2:]
@@ -112,6 +123,15 @@ def settle_config(workdir: Path, config: ConfigDict) -> None:
             return
     if jax.process_index() == 0:
         _write_aside(path, configuration.to_json(config))
+
+
+def check_trained(config: ConfigDict, meta: dict, workdir: Path) -> None:
+    """Refuses a config that says of the checkpoint with `meta` what is not so."""
+    now, then = flatten(config), flatten(configuration.from_dict(meta["config"]))
+    for key in now:
+        asked = key in CHANGEABLE or key.startswith(ASKED) and key not in TRAINED_ON
+        if not asked and now[key] != then[key]:
+            raise UserError(f"{workdir} was trained with config.{key}={then[key]}, not {now[key]}: leave --config out")
 
 
 class Log:

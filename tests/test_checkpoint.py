@@ -265,11 +265,12 @@ def test_checkpoints_to_keep_stay_and_can_be_named(tmp_path, fresh):
         assert f"{tmp_path}: the checkpoint '{name}'" in str(error.value)
 
 
-def test_a_run_without_validation_has_a_last_checkpoint_but_no_best(tmp_path, fresh):
+@pytest.mark.parametrize("step", [0, 3])  # stopped before the first step; after some
+def test_a_run_without_validation_has_a_last_checkpoint_but_no_best(tmp_path, fresh, step):
     store = checkpoint.open_store(tmp_path, create=True)
-    checkpoint.save(store, fresh()[0].replace(step=np.int32(3)), {"best_step": 0})
-    assert checkpoint.find(tmp_path, "last")[1] == 3
-    with pytest.raises(UserError, match="the checkpoint 'best' is not known. Known: last, 3"):
+    checkpoint.save(store, fresh()[0].replace(step=np.int32(step)), {"best_step": 0, "best_value": None})
+    assert checkpoint.find(tmp_path, "last")[1] == step
+    with pytest.raises(UserError, match=f"the checkpoint 'best' is not known. Known: last, {step}"):
         checkpoint.find(tmp_path)
 
 

@@ -375,3 +375,11 @@ def test_bad_settings_end_with_code_2(tmp_path, capsys, flags, said):
 def test_a_single_user_is_refused():
     with pytest.raises(UserError, match="one training user"):
         systems.build(config_of(), dataset_of([[1, 2, 3, 4]]), MESH)
+
+
+def test_data_without_a_user_of_three_items_are_refused_before_training(tmp_path, capsys):
+    (tmp_path / "data.txt").write_text("".join(f"{user} {user % 5 + 1} {user % 7 + 6}\n" for user in range(1, 31)))
+    flags = [f"--config.data.path={tmp_path}/data.txt", "--config.train.max_epochs=1"]
+    assert main([f"--config={PRETRAIN}:own", f"--workdir={tmp_path}/run", *flags]) == 2
+    assert "no user has 3 items or more" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -147,7 +147,8 @@ def test_the_command_writes_both_files(tmp_path, capsys):
     ("change", "said"),
     [
         (lambda folder, arguments: arguments[:2], "INTERACTIONS MOVIES FOLDER"),
-        (lambda folder, arguments: [str(folder / "none.dat"), *arguments[1:]], "none.dat does not exist"),
+        (lambda folder, arguments: [str(folder / "none.dat"), *arguments[1:]], "none.dat does not exist\n"),
+        (lambda folder, arguments: [arguments[0], str(folder / "none.dat"), arguments[2]], "none.dat does not exist\n"),
         (lambda folder, arguments: [arguments[0], str(folder / "short.dat"), arguments[2]], "short.dat: no movie 20"),
         (lambda folder, arguments: [arguments[0], str(folder / "odd.dat"), arguments[2]], "odd.dat:2: the title 'New'"),
     ],

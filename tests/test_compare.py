@@ -118,15 +118,17 @@ def test_unlike_runs_are_refused_unless_forced(trained, tmp_path, capsys, what):
 
 
 def test_folders_without_a_finished_run_are_named(trained, tmp_path, capsys):
-    begun, older, damaged = (shutil.copytree(trained, tmp_path / name) for name in ("begun", "older", "damaged"))
+    names = ("begun", "older", "damaged", "torn")
+    begun, older, damaged, torn = (shutil.copytree(trained, tmp_path / name) for name in names)
     (begun / "results.json").unlink()
     config = json.loads((older / "config.json").read_text())
     config["train"]["max_epochs"] = 3
     (older / "config.json").write_text(json.dumps(config))
     (damaged / "results.json").write_text("{")
+    (torn / "analysis.npz").write_bytes((torn / "analysis.npz").read_bytes()[:-9])
     for folder, reason in (
         (tmp_path / "none", "is no folder"), (begun, "has no results.json: its run is not finished"),
-        (older, "results of an earlier config: its run is not finished"), (damaged, "damaged"),
+        (older, "results of an earlier config: its run is not finished"), (damaged, "damaged"), (torn, "damaged"),
     ):  # fmt: skip
         assert report(tmp_path / "page.html", trained, folder) == 2
         said = capsys.readouterr().err

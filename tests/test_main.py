@@ -121,8 +121,12 @@ def test_config_json_is_the_same_run(trained, capsys):
 
 
 def test_baseline_equals_the_system_run_alone(cache, tmp_path):
-    """Same data, loss, budget and seed."""
+    """Same data, loss, budget and seed; and a run that was stopped after it does not run it again."""
     assert main(flags(cache, tmp_path / "with", "sasrec")) == 0
+    baseline = tmp_path / "with" / "baselines" / "pop" / "results.json"
+    (tmp_path / "with" / "results.json").unlink()
+    written = baseline.stat().st_mtime_ns
+    assert main(flags(cache, tmp_path / "with", "sasrec")) == 0 and baseline.stat().st_mtime_ns == written
     assert main(flags(cache, tmp_path / "alone", "pop")) == 0
     beside, alone = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("with", "alone"))
     assert beside["baselines"]["pop"]["test"] == alone["test"]

@@ -150,6 +150,11 @@ def test_several_processes_that_nothing_started_are_explained(cache, tmp_path):
     assert "Traceback" not in found.stderr and not (tmp_path / "run").exists()
 
 
+def test_a_mesh_that_leaves_a_process_without_a_device_is_refused(cache, tmp_path):
+    assert ended(start(cache, tmp_path / "run", mesh__data=1)) == [2, 2]
+    assert "several processes train on all their 2 devices" in (tmp_path / "1.log").read_text()
+
+
 def test_workdirs_that_are_not_one_folder_are_refused(cache, tmp_path):
     assert ended(start(cache, tmp_path / "run", tmp_path / "elsewhere")) == [2, 2]
     for log in ("0.log", "1.log"):

@@ -130,6 +130,16 @@ def test_one_program_serves_configs_that_differ_in_numbers_alone(keep, tmp_path)
     assert "traced" in keep(jnp.sum, jnp.arange(3))[1], "another type"
 
 
+def test_a_program_takes_arguments_that_it_does_not_read_in_their_shapes_alone(parts):
+    """JAX leaves them out of a traced text, so that two layouts which differ in such an argument have the same."""
+    kept, function = programs.kept(*parts), jax.jit(lambda x, unread: x + 1)
+    for length in (5, 6):
+        arguments = jnp.float32(1), jnp.zeros(length)
+        lower = functools.partial(function.lower, *arguments)
+        changed = dataclasses.replace(kept, source=f"a config with {length}")
+        assert programs.compiling("one more", lower, arguments, changed).result()(*arguments) == 2
+
+
 def test_a_damaged_file_is_told_and_made_anew(keep, tmp_path):
     x = jnp.arange(3.0)
     keep(jnp.sum, x)

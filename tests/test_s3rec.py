@@ -509,6 +509,8 @@ def test_pretraining_then_finetuning(tmp_path, capsys):
     assert results["loss"] == "pretraining" and 0 < results["valid"]["mrr"] <= 1
     assert (pretrained / "plots" / "loss.png").is_file()
     assert main(["--mode=recommend", f"--workdir={pretrained}", "--history=1,2,3"]) == 0
+    assert main(["--mode=evaluate", f"--workdir={pretrained}", "--config.s3rec.causal=true"]) == 2
+    assert "was trained with config.s3rec.causal=False, not True" in capsys.readouterr().err
     last = max((pretrained / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
     finetune = [f"--config={FINETUNE}", *flags, f"--workdir={tmp_path}/run"]
     assert main([*finetune, f"--config.init_from={last}"]) == 0

@@ -44,6 +44,7 @@ def test_a_file_that_was_not_finished_has_no_name(tmp_path):
     [
         ({"user_id": ["a"], "x": [[1.0]]}, "the columns must be user_id and vector, not user_id, x"),
         ({"user_id": ["a", "b"], "vector": [1.0, 2.0]}, "holds Float64, not lists"),
+        ({"user_id": ["a", "b"], "vector": [{"x": 1.0}, {"x": 2.0}]}, "not lists of numbers"),
         ({"user_id": ["a", "b"], "vector": [["1"], ["2"]]}, "not lists of numbers"),
         ({"user_id": ["a", "a", "b"], "vector": [[1.0], [2.0], [3.0]]}, "user_id a has more than one"),
         ({"user_id": ["a"], "vector": [[1.0]]}, "no vector for user_id b .1 are missing"),

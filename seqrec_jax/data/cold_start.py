@@ -176,6 +176,9 @@ def main(arguments: Sequence[str]) -> int:
         if len(arguments) != 3:
             raise UserError("three arguments, please: python -m seqrec_jax.data.cold_start INTERACTIONS MOVIES FOLDER")
         interactions, movies, folder = (Path(argument).expanduser() for argument in arguments)
+        for path in (interactions, movies):
+            if not path.is_file():
+                raise UserError(f"{path} does not exist")
         histories, years = read_histories(interactions), read_years(movies)
         unknown = sorted({item for history in histories.values() for item in history} - years.keys())
         if unknown:

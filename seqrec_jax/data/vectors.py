@@ -45,7 +45,7 @@ def read_vectors(path: Path, ids: Sequence[str], column: str = "user_id") -> np.
     if {column, "vector"} - set(frame.columns):
         raise UserError(f"{path}: the columns must be {column} and vector, not {', '.join(frame.columns)}")
     kind = frame.schema["vector"]
-    if not kind.is_nested() or not kind.inner.is_numeric():
+    if not isinstance(kind, pl.List | pl.Array) or not kind.inner.is_numeric():
         raise UserError(f"{path}: the column vector holds {kind}, not lists of numbers")
     frame = frame.select(pl.col(column).cast(pl.String), pl.col("vector").cast(pl.List(pl.Float32)))
     repeated = frame.filter(pl.col(column).is_duplicated())

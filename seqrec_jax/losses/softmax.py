@@ -30,7 +30,6 @@ def softmax_loss(
     *,
     column_ids_C: jax.Array | None = None,
     others_N: jax.Array | None = None,
-    chunk: int | None = None,
 ) -> jax.Array:
     """Mean over real targets (targets_N > 0) of −log softmax of the target's score.
 
@@ -48,7 +47,7 @@ def softmax_loss(
     arrays = (hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, targets_N, column_ids_C)
     specs = (rows, rows, columns, rows, columns, rows, columns)
     specs = tuple(None if array is None else spec for array, spec in zip(arrays, specs, strict=True))
-    total, count = _sums(mesh, specs, chunk or chunk_rows(columns_CxD.shape[0] // mesh.shape["model"]), *arrays)
+    total, count = _sums(mesh, specs, chunk_rows(columns_CxD.shape[0] // mesh.shape["model"]), *arrays)
     return total / jnp.maximum(count, 1)
 
 
