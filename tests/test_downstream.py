@@ -226,6 +226,8 @@ def test_profile_in_folds_that_resume(pretrained, tmp_path, capsys):
     assert results["protocol"] == "profile"
     assert main(["--mode=evaluate", f"--workdir={tmp_path}"]) == 2
     assert "a profile in folds is judged once" in capsys.readouterr().err
+    assert main(["--mode=embed", f"--workdir={tmp_path}", f"--out={tmp_path}/v.parquet"]) == 2
+    assert f"name one of them: --workdir={tmp_path}/folds/0" in capsys.readouterr().err
     again = ["--mode=evaluate", f"--workdir={tmp_path}/folds/1", "--config.profile.folds=1"]
     assert main(again) == 2, "another split would test users whom this fold was trained on"
     assert "was trained with config.profile.folds=2, not 1" in capsys.readouterr().err

@@ -132,6 +132,17 @@ def test_baseline_equals_the_system_run_alone(cache, tmp_path):
     assert beside["baselines"]["pop"]["test"] == alone["test"]
 
 
+def test_a_run_that_failed_before_its_first_checkpoint_takes_the_corrected_config(cache, tmp_path, capsys):
+    (tmp_path / "bad.csv").write_text("user,item\n" + "".join(f"{n % 9},{n % 7}\n" for n in range(60)) + "1\n")
+    changes = {"data__path": tmp_path / "bad.csv", "data__user_column": "user", "data__item_column": "item",
+               "data__time_column": "", "report__baselines": "", "train__max_epochs": 1}  # fmt: skip
+    assert main(flags(cache, tmp_path / "run", "sasrec", **changes)) == 2
+    assert "data.on_bad_row=drop" in capsys.readouterr().err
+    assert main(flags(cache, tmp_path / "run", "sasrec", **changes, data__on_bad_row="drop")) == 0
+    assert main(flags(cache, tmp_path / "run", "sasrec", **changes)) == 2, "now there is something to protect"
+    assert "made with another config" in capsys.readouterr().err
+
+
 # Evaluate
 
 
@@ -144,6 +155,7 @@ def test_evaluate_recomputes_from_the_best_checkpoint(trained, protocol, tmp_pat
     again = json.loads((workdir / f"results_{protocol}.json").read_text())
     first = json.loads((trained / "results.json").read_text())
     assert again["protocol"] == protocol and again["best_step"] == first["best_step"]
+    assert again["protocol_line"].endswith("checkpoint chosen on validation ndcg@10"), "as the run chose it"
     if protocol in "AD":  # the same candidates and hiding, another metric for the choice
         assert again["test"] == first["test"] and again["valid"] == first["valid"]
     else:
@@ -161,6 +173,9 @@ def test_evaluate_refuses_another_encoder_and_other_data(trained, capsys):
     command = [f"--workdir={trained}", "--mode=evaluate"]
     assert main([*command, "--config.encoder.layers=2"]) == 2
     assert "trained with config.encoder.layers=1, not 2" in capsys.readouterr().err
+    for mode in (["evaluate"], ["recommend", "--history=1,2"], ["embed", "--out=x.parquet"]):
+        assert main([f"--workdir={trained}", f"--mode={mode[0]}", *mode[1:], "--config.seed=7"]) == 2
+        assert "trained with config.seed=0, not 7" in capsys.readouterr().err
     assert main([*command, "--config.data.synthetic_seed=1"]) == 2
     assert "trained on data" in capsys.readouterr().err
 
