@@ -29,7 +29,7 @@ CHANGEABLE = (
     "data.cache_dir", "mesh.data", "mesh.model", "mesh.distributed",
 )  # fmt: skip
 # What is read anew when a trained model is asked, except for what says who it was trained on.
-ASKED = ("eval.", "data.", "mesh.", "report.", "cold_start.", "profile.")
+ASKED = ("eval.", "data.", "cold_start.", "profile.")
 TRAINED_ON = ("data.train_fraction", "data.hold_out", "profile.folds")
 
 
@@ -99,8 +99,9 @@ def _reads(path: Path) -> str:
 
 
 def begun(workdir: Path) -> bool:
-    """Whether a run in `workdir` has made a checkpoint."""
-    return any(any(workdir.glob(pattern)) for pattern in ("checkpoints/[0-9]*", "folds/*/checkpoints/[0-9]*"))
+    """Whether a run in `workdir` has saved a checkpoint or results."""
+    kept = ("checkpoints/[0-9]*", "folds/*/checkpoints/[0-9]*", "results.json")
+    return any(any(workdir.glob(pattern)) for pattern in kept)
 
 
 def settle_config(workdir: Path, config: ConfigDict) -> None:
@@ -131,7 +132,8 @@ def check_trained(config: ConfigDict, meta: dict, workdir: Path) -> None:
     for key in now:
         asked = key in CHANGEABLE or key.startswith(ASKED) and key not in TRAINED_ON
         if not asked and now[key] != then[key]:
-            raise UserError(f"{workdir} was trained with config.{key}={then[key]}, not {now[key]}: leave --config out")
+            told = f"{workdir} was trained with config.{key}={then[key]}, not {now[key]}"
+            raise UserError(f"{told}: leave --config and --config.{key} out")
 
 
 class Log:

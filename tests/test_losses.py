@@ -98,13 +98,13 @@ def form(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("form")
-@pytest.mark.parametrize("junk", [1.0, 50.0])  # the shift is a bound, or the maximum
+@pytest.mark.parametrize("junk", [1.0, 20.0, 50.0])  # small, middle and large bounds on the scores
 def test_full_softmax_is_the_cross_entropy_over_the_items(junk):
     assert_matches(full, full_oracle, *arrays(junk=junk))
 
 
 @pytest.mark.usefixtures("form")
-@pytest.mark.parametrize("junk", [1.0, 50.0])
+@pytest.mark.parametrize("junk", [1.0, 20.0, 50.0])
 def test_sampled_softmax_is_the_cross_entropy_over_target_and_negatives(junk):
     drawn = np.array([3, 3, 1, 8, 13, 10, 4])
     if junk == 50:

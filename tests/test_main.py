@@ -141,6 +141,8 @@ def test_a_run_that_failed_before_its_first_checkpoint_takes_the_corrected_confi
     assert main(flags(cache, tmp_path / "run", "sasrec", **changes, data__on_bad_row="drop")) == 0
     assert main(flags(cache, tmp_path / "run", "sasrec", **changes)) == 2, "now there is something to protect"
     assert "made with another config" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert main(flags(cache, tmp_path / "run", "sasrec", **changes)) == 2, "results are kept, too"
 
 
 # Evaluate
