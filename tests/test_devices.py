@@ -82,6 +82,34 @@ def test_eight_devices_give_the_losses_of_one(cache, single, tmp_path, system, m
     assert losses(cache, tmp_path, 8, system, mesh) == pytest.approx(expected[:5], rel=1e-5, abs=near_0)
 
 
+KERNEL = """
+import functools, jax, jax.numpy as jnp, numpy as np
+from seqrec_jax.losses import fused, softmax
+from seqrec_jax.sharding import make_mesh
+softmax.has_kernel = lambda: True
+fused.pl.pallas_call = functools.partial(fused.pl.pallas_call, interpret=True)
+generator = np.random.default_rng(0)
+hidden, columns, positive = (generator.normal(size=(rows, 5)).astype("f") for rows in (40, 24, 40))
+targets, ids = generator.integers(0, 9, 40), generator.integers(1, 9, 24)
+bias, others = generator.normal(size=24).astype("f"), generator.normal(size=40).astype("f")
+for options in ({}, {"column_ids_C": jnp.asarray(ids)}):
+    found = []
+    for shape in ((1, 1), (2, 2), (4, 1), (1, 4)):
+        mesh = make_mesh(*shape)
+        loss = lambda h, p, c, o: softmax.softmax_loss(h, p, c, bias, targets, mesh, others_N=o, **options)
+        found.append(jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(hidden, positive, columns, others))
+    for one in found[1:]:
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), one, found[0])
+    print("same")
+"""
+
+
+def test_the_kernel_gives_on_a_mesh_what_it_gives_on_one_device():
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PJRT_NPROC": "16"}
+    process = subprocess.run([sys.executable, "-c", KERNEL], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert process.stdout == "same\nsame\n", process.stderr
+
+
 def test_checkpoint_moves_from_one_device_to_eight_and_back(cache, single, tmp_path):
     five, expected = single("cl4srec")
     shutil.copytree(five, tmp_path / "run")

@@ -18,7 +18,7 @@ ORDER = [
     "data.histories", "data.vectors", "data.batches", "data.tasks", "data.prefixes", "data.same_target",
     "augment", "cloze", "sharding",
     "encoders.transformer", "encoders.gru", "encoders",
-    "losses.softmax", "losses.contrastive", "losses.negatives", "losses.next_item", "losses.bootstrap",
+    "losses.fused", "losses.softmax", "losses.contrastive", "losses.negatives", "losses.next_item", "losses.bootstrap",
     "losses.mutual_information",
     "systems.system", "systems.pop", "systems.sasrec", "systems.cl4srec", "systems.duorec", "systems.s3rec",
     "systems.clue", "systems.downstream", "systems",

@@ -1,5 +1,7 @@
 """Losses and their gradients against float64 numpy: values by definition, gradients by central differences."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from configs.base import get_config
 from seqrec_jax.data import batches
 from seqrec_jax.data.dataset import SequenceDataset
-from seqrec_jax.losses import negatives, next_item, softmax
+from seqrec_jax.losses import fused, negatives, next_item, softmax
 from seqrec_jax.losses.contrastive import info_nce
 from seqrec_jax.sharding import make_mesh
 
@@ -91,10 +93,14 @@ def sampled(hidden, items, drawn, bias, targets=TARGETS):
     return next_item.sampled_softmax(hidden, jnp.asarray(targets), items, drawn, bias, MESH)
 
 
-@pytest.fixture(params=["cpu", "gpu"])
+@pytest.fixture(params=["chunks", "kernel"])
 def form(request, monkeypatch):
-    """The softmax as it is written for either, here on what JAX has."""
-    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+    """The softmax in either of its forms: chunks as XLA compiles them, and a GPU's kernel, here as JAX interprets it
+    (compiled on a GPU).
+    """
+    monkeypatch.setattr(softmax, "has_kernel", lambda: request.param == "kernel")
+    if jax.default_backend() != "gpu":
+        monkeypatch.setattr(fused.pl, "pallas_call", functools.partial(fused.pl.pallas_call, interpret=True))
 
 
 @pytest.mark.usefixtures("form")

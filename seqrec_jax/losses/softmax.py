@@ -76,7 +76,7 @@ def _sums(mesh, specs, chunk, *arrays):
 
 def _forward(mesh, specs, chunk, *arrays):
     walk = jax.shard_map(
-        functools.partial(_walk, chunk=chunk),
+        _attend if has_kernel() else functools.partial(_walk, chunk=chunk),
         mesh=mesh,
         in_specs=specs,
         out_specs=(P(), P(), P("data"), P("data"), P("model"), specs[3]),
@@ -93,6 +93,50 @@ def _backward(mesh, specs, chunk, gradients, cotangents):
 _sums.defvjp(_forward, _backward)
 
 
+def has_kernel() -> bool:
+    """Whether this is a GPU that losses/fused.py is written for (NVIDIA's, since Ampere)."""
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", "")) if jax.default_backend() == "gpu" else ""
+    return capability.replace(".", "").isdigit() and float(capability) >= 8
+
+
+def _attend(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, targets_N, column_ids_C):
+    """_walk in one step by a kernel: states attend to columns, and columns to states."""
+    from seqrec_jax.losses.fused import attend
+
+    count, columns = (targets_N > 0).sum(), len(columns_CxD)
+    order_M = jnp.argsort(targets_N <= 0, stable=True)
+    take = lambda x_N: x_N[order_M]  # noqa: E731
+    hidden_MxD, positive_MxD, target_M = take(hidden_NxD), take(positive_NxD), take(targets_N)
+    real_M, score_M = target_M > 0, (hidden_MxD * positive_MxD).sum(axis=1)
+    ids = (None, None) if column_ids_C is None else (target_M, column_ids_C)
+    here_M, mean_MxD = attend(hidden_MxD, columns_CxD, column_bias_C, count, columns, *ids)
+    all_M = _logsumexp(here_M, "model")
+    if column_ids_C is not None:
+        all_M = jnp.logaddexp(all_M, score_M)
+    if others_N is not None:
+        all_M = jnp.logaddexp(all_M, take(others_N))
+    total = jnp.where(real_M, jnp.maximum(all_M - score_M, 0), 0).sum()  # a share is 1 at most, whatever the rounding
+
+    pull_MxD = _summed(jnp.exp(here_M - all_M)[:, None] * mean_MxD, "model")
+    joins_M = jnp.zeros_like(score_M) if column_ids_C is None else jnp.exp(score_M - all_M)
+    push_Mx1 = (joins_M - 1)[:, None]  # p(target), if it joins, − 1
+    back = lambda x_M: jnp.zeros_like(x_M).at[order_M].set(jnp.where(real_M, x_M.T, 0).T)  # noqa: E731
+    d_hidden, d_positive = back(pull_MxD + push_Mx1 * positive_MxD), back(push_Mx1 * hidden_MxD)
+    d_others = None if others_N is None else back(jnp.exp(take(others_N) - all_M))
+    mass_C, mean_CxD = attend(columns_CxD, hidden_MxD, -all_M, columns, count, *ids[::-1])
+    d_columns = jnp.exp(mass_C + column_bias_C)[:, None] * mean_CxD
+    total, count, d_columns = _summed((total, count, d_columns), "data")
+    return total, count, d_hidden, d_positive, d_columns, d_others
+
+
+def _logsumexp(x, axis: str):
+    """Over the devices of a mesh axis."""
+    if jax.lax.axis_size(axis) == 1:
+        return x
+    top = jax.lax.pmax(x, axis)
+    return top + jnp.log(jax.lax.psum(jnp.exp(x - top), axis))
+
+
 def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, targets_N, column_ids_C, *, chunk):
     """One device's rows and columns: (loss sum, target count, d hidden, d positive, d columns, d others)."""
     rows = hidden_NxD.shape[0]
@@ -106,7 +150,7 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
     highest_bias = jax.lax.pmax(column_bias_C.max(), "model")
     width = tile_columns(columns)
     tiles = -(-columns // width)
-    wide_CxO = _wide(columns_CxD, column_bias_C) if tiles == 1 else None
+    wide_CxO = _wide(columns_CxD) if tiles == 1 else None
 
     def add_chunk(index, sums):
         total, d_hidden, d_positive, d_columns, d_others = sums
@@ -125,8 +169,8 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
             columns_TxD, bias_T = part(columns_CxD), part(column_bias_C)
             if columns % width:  # the last tile overlaps the one before, whose columns it leaves out
                 bias_T = jnp.where(begin + jnp.arange(width) >= number * width, bias_T, -jnp.inf)
-            wide_TxO = _wide(columns_TxD, bias_T) if tiles > 1 else wide_CxO
-            found_MxT = _shifted(hidden_MxD, columns_TxD, bias_T, top_M, wide_TxO)
+            wide_TxO = _wide(columns_TxD) if tiles > 1 else wide_CxO
+            found_MxT = hidden_MxD @ columns_TxD.T + bias_T - top_M[:, None]
             if column_ids_C is not None:
                 found_MxT = jnp.where(part(column_ids_C) == target_M[:, None], -jnp.inf, found_MxT)
             return begin, wide_TxO, found_MxT
@@ -142,7 +186,6 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
         shift_M = bound_M - jnp.clip(bound_M - SAFE, 0, HEADROOM)
         near_M = (shift_M - least_M < NEAR) & (bound_M < LARGE)
         top_M = jax.lax.cond(((bound_M < SAFE) | near_M | ~real_M).all(), lambda: shift_M, maximum)
-        top_M = _short(top_M)
 
         def mixed(number):
             _, wide_TxO, found_MxT = tile(number, top_M)
@@ -187,41 +230,11 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
     return total, count, d_hidden, d_positive, d_columns_DxC.T, d_others
 
 
+def _wide(columns_TxD):
+    """[T, D + 1]: columns and ones, with which a product sums as well."""
+    return jnp.pad(columns_TxD, ((0, 0), (0, 1)), constant_values=1)
+
+
 def _summed(tree, axis: str):
     """Over the devices of a mesh axis. The sum over one device would copy."""
     return tree if jax.lax.axis_size(axis) == 1 else jax.lax.psum(tree, axis)
-
-
-# A pass over the logits costs little on a CPU. On an accelerator it reads and writes its memory, so that the product
-# that makes them adds the columns' biases and takes off the shift as well: as further entries of columns and states, in
-# parts so short that matrix units, which round what they multiply, keep them.
-
-
-def _wide(columns_TxD, bias_T):
-    """[T, O]: columns, on an accelerator their biases in two parts, and ones: with these a product sums as well."""
-    if jax.default_backend() == "cpu":
-        return jnp.pad(columns_TxD, ((0, 0), (0, 1)), constant_values=1)
-    ones = 2 + -(columns_TxD.shape[1] + 4) % 8  # rows of a length that matrix units like
-    parts = jnp.stack(_parts(jnp.maximum(bias_T, -1e30)), axis=1)  # 0 times this is 0
-    return jnp.pad(jnp.concatenate([columns_TxD, parts], axis=1), ((0, 0), (0, ones)), constant_values=1)
-
-
-def _shifted(hidden_MxD, columns_TxD, bias_T, top_M, wide_TxO):
-    """[M, T]: hidden · column + bias − top."""
-    if jax.default_backend() == "cpu":
-        return hidden_MxD @ columns_TxD.T + bias_T - top_M[:, None]
-    high_M, low_M = _parts(top_M)
-    ones_M = jnp.ones_like(top_M)
-    states_MxO = jnp.concatenate([hidden_MxD, jnp.stack([ones_M, ones_M, -high_M, -low_M], axis=1)], axis=1)
-    return jnp.pad(states_MxO, ((0, 0), (0, wide_TxO.shape[1] - states_MxO.shape[1]))) @ wide_TxO.T
-
-
-def _short(x):
-    """x as _shifted can take it off: on an accelerator the sum of its parts."""
-    return x if jax.default_backend() == "cpu" else sum(_parts(x))
-
-
-def _parts(x):
-    """(high, low) bfloat16 numbers whose sum is x but for a 65,000th of it."""
-    high = jax.lax.reduce_precision(x, 8, 7)
-    return high, jax.lax.reduce_precision(x - high, 8, 7)
