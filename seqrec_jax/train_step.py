@@ -161,7 +161,10 @@ def compile_program(
     inputs = (np.int32(config.seed), layout, system.data, hparams, np.int32(0))
     seed, layout, data, hparams, number = (replicate(mesh, tree) for tree in inputs)
 
-    @functools.partial(jax.jit, out_shardings=number.sharding)
+    # Whole numbers, once an epoch: nothing is to be gained by optimizing it.
+    fast_to_compile = {"xla_backend_optimization_level": 0}
+
+    @functools.partial(jax.jit, out_shardings=number.sharding, compiler_options=fast_to_compile)
     def plan(layout, seed, epoch):
         return plan_epoch(layout, epoch_key(seed, epoch))
 

@@ -128,6 +128,12 @@ def _header(lines: pl.DataFrame, path: Path, form: Format) -> tuple[str, ...]:
             f"{path}:{first['line']}: {first['reason']} in the header: {shown(first['raw'])}. Save the file as UTF-8 "
             "text"
         )
+    mark = next((mark for mark in ";\t|, " if mark in first["raw"]), None)
+    if len(first["fields"]) == 1 and mark:
+        raise UserError(
+            f"{path}:{first['line']}: one column, {shown(first['raw'])}: replace {mark!r} between the fields by ',' in "
+            "a .csv file, by a tab in others"
+        )
     names = (name.strip() for name in first["fields"])
     return tuple(name.partition(":")[0] if form.typed else name for name in names)
 
@@ -190,9 +196,11 @@ def _cells(frame: pl.DataFrame, path: Path, columns: Mapping[str, str], begin: i
 
 
 def _demand(columns: Mapping[str, str], names: Sequence[str], path: Path) -> None:
-    for column in columns:
+    for column, kind in columns.items():
         if column not in names:
-            hint = "Correct the --config key that names it (data.time_column= where rows without times are in order)"
+            hint = "Correct the --config key that names it"
+            if kind == "number":
+                hint += " (data.time_column= where rows without times are in order)"
             raise UserError(f"{unknown(f'{path}: column', column, names)}. {hint}")
         if list(names).count(column) > 1 or column in ("line", "raw", "reason"):
             raise UserError(f"{path}: the name of column '{column}' is taken: rename it")
