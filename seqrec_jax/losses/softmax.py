@@ -95,7 +95,9 @@ _sums.defvjp(_forward, _backward)
 
 def has_kernel() -> bool:
     """Whether this is a GPU that losses/fused.py is written for (NVIDIA's, since Ampere)."""
-    capability = str(getattr(jax.local_devices()[0], "compute_capability", "")) if jax.default_backend() == "gpu" else ""
+    if jax.default_backend() != "gpu":
+        return False
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
     return capability.replace(".", "").isdigit() and float(capability) >= 8
 
 
