@@ -90,6 +90,6 @@ def _kernel(queries_ref, keys_ref, bias_ref, real_ref, *refs, tile: int, splits:
     end = jnp.where(block * tile < real_ref[0], jnp.minimum(begin + each, tiles), begin)
     start = (jnp.full(tile, NONE), jnp.zeros(tile), jnp.zeros_like(queries_IxD))
     top_I, sum_I, mixed_IxD = jax.lax.fori_loop(begin, end, add, start)
-    sum_I = jnp.maximum(sum_I, 1e-30)
+    sum_I = jnp.where(sum_I == 0, 1, sum_I)  # no key was looked at
     triton.store(lse_ref.at[split, at_I], top_I + jnp.log(sum_I), mask=inside_I)
     triton.store(mean_ref.at[split, at_I], mixed_IxD / sum_I[:, None], mask=inside_I[:, None])

@@ -40,7 +40,8 @@ def softmax_loss(
 
     Walks over chunks of real targets, with a traced number of chunks, and makes loss and all gradients at once: padding
     costs nothing; `chunk * C` is the largest array, or a tile of it where C is large. Logits are made once, but again
-    for the gradient of tiles, and where their maximum has to be sought.
+    for the gradient of tiles, and where their maximum has to be sought. On a GPU a kernel (losses/fused.py) takes all
+    rows at once and keeps no logits.
     Rows are split over the mesh's "data", columns over its "model".
     """
     rows, columns = P("data"), P("model")
