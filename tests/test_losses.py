@@ -93,14 +93,17 @@ def sampled(hidden, items, drawn, bias, targets=TARGETS):
     return next_item.sampled_softmax(hidden, jnp.asarray(targets), items, drawn, bias, MESH)
 
 
-@pytest.fixture(params=["chunks", "kernel"])
-def form(request, monkeypatch):
-    """The softmax in either of its forms: chunks as XLA compiles them, and a GPU's kernel, here as JAX interprets it
-    (compiled on a GPU).
-    """
-    monkeypatch.setattr(softmax, "has_kernel", lambda: request.param == "kernel")
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The kernel as JAX interprets it; on a GPU it is compiled."""
     if jax.default_backend() != "gpu":
         monkeypatch.setattr(fused.pl, "pallas_call", functools.partial(fused.pl.pallas_call, interpret=True))
+
+
+@pytest.fixture(params=["chunks", "kernel"])
+def form(request, monkeypatch, interpreted):
+    """The softmax in either of its forms."""
+    monkeypatch.setattr(softmax, "has_kernel", lambda dim: request.param == "kernel")
 
 
 @pytest.mark.usefixtures("form")
@@ -195,6 +198,48 @@ def test_nothing_of_the_sum_is_lost_below_a_bound_that_no_score_reaches(bound):
     wanted = share - (np.arange(columns - 1) == 1)
     np.testing.assert_allclose(d_hidden[0], wanted @ items[1:columns], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(d_items[1:columns, 0], wanted, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "dim", "with_ids"),
+    [(200, 333, 64, False), (50, 3000, 20, True), (90, 70, 128, True), (1, 1, 1, False)],
+)
+def test_the_kernel_is_the_softmax_over_the_keys(interpreted, queries, keys, dim, with_ids):
+    """Of the queries and keys that are real; with more than one tile of either, and a key that never counts."""
+    generator = np.random.default_rng(0)
+    query, key = generator.normal(size=(queries, dim)), generator.normal(size=(keys, dim))
+    bias, ids = generator.normal(size=keys), [generator.integers(0, 9, rows) for rows in (queries, keys)]
+    bias[keys // 2 : keys // 2 + (keys > 1)] = -np.inf
+    real_queries, real_keys = max(1, queries - 7), max(1, keys - 7)
+    arrays = [jnp.asarray(x, jnp.float32) for x in (query, key, bias)]
+    found = jax.jit(fused.attend)(*arrays, real_queries, real_keys, *(ids if with_ids else ()))
+    logits = (query @ key.T + bias)[:real_queries, :real_keys]
+    if with_ids:
+        logits[ids[0][:real_queries, None] == ids[1][:real_keys]] = -np.inf
+    top = logits.max(axis=1, keepdims=True)
+    weights = np.exp(logits - top)
+    np.testing.assert_allclose(found[0][:real_queries], np.log(weights.sum(axis=1)) + top[:, 0], rtol=1e-5, atol=1e-5)
+    wanted = weights @ key[:real_keys] / weights.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(found[1][:real_queries], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kernel_tells_what_is_not_a_number(interpreted):
+    query, key = np.ones((3, 4), np.float32), np.ones((300, 4), np.float32)
+    key[200] = np.nan
+    lse, mean = fused.attend(query, key, np.zeros(300, np.float32), 3, 300)
+    assert np.isnan(lse).all() and np.isnan(mean).all()
+
+
+@pytest.mark.parametrize("dim", [8, 64, 512])
+def test_the_kernel_lowers_for_a_gpu(dim):
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((300, dim), (500, dim), (500,))]
+    counts = [jax.ShapeDtypeStruct((), jnp.int32)] * 2
+    ids = [jax.ShapeDtypeStruct((rows,), jnp.int32) for rows in (300, 500)]
+    try:
+        lowered = jax.jit(fused.attend).trace(*shapes, *counts, *ids).lower(lowering_platforms=("cuda",))
+    except RuntimeError as error:
+        pytest.skip(f"this JAX lowers for a GPU only where one is: {error}")
+    assert "triton" in lowered.as_text()
 
 
 @pytest.mark.usefixtures("form")

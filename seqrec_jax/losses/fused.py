@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 NONE = -1e30  # a logit that never counts, though 0 times its exponential is a number
-QUERIES, KEYS = 128, 64  # of a tile whose vectors have 64 entries; measured, as WARPS and STAGES are, on an H200
+QUERIES, KEYS = 128, 64  # of a tile, where vectors have 64 entries; measured, as WARPS and STAGES are, on an H200
 WARPS, STAGES = 4, 3
 AT_ONCE = 264  # programs: two for each of 132 multiprocessors
 
@@ -31,14 +31,14 @@ def attend(
     width = max(16, pl.next_power_of_2(dim))
     if width > dim:
         queries_IxD, keys_JxD = (jnp.pad(x, ((0, 0), (0, width - dim))) for x in (queries_IxD, keys_JxD))
-    queries, keys = len(queries_IxD), len(keys_JxD)
-    tile = max(16, min(QUERIES, 64 * QUERIES // width))
-    blocks = pl.cdiv(queries, tile)
-    splits = _splits(blocks, min(32, keys // (4 * KEYS)))
+    queries = len(queries_IxD)
+    tile_I, tile_J = (max(16, min(most, 64 * most // width)) for most in (QUERIES, KEYS))
+    blocks = pl.cdiv(queries, tile_I)
+    splits = _splits(blocks, min(32, len(keys_JxD) // (4 * tile_J)))
     real = jnp.stack([jnp.asarray(real_queries, jnp.int32), jnp.asarray(real_keys, jnp.int32)])
     ids = () if key_ids_J is None else (query_ids_I, key_ids_J)
     lse_SxI, mean_SxIxD = pl.pallas_call(
-        functools.partial(_kernel, tile=tile, splits=splits, queries=queries),
+        functools.partial(_kernel, queries=queries, tile_I=tile_I, tile_J=tile_J, splits=splits),
         grid=(blocks, splits),
         out_shape=(
             jax.ShapeDtypeStruct((splits, queries), jnp.float32),
@@ -59,19 +59,19 @@ def _splits(blocks: int, most: int) -> int:
     return next((splits for splits in range(1, most + 1) if busy(splits) >= 0.9), max(most, 1))
 
 
-def _kernel(queries_ref, keys_ref, bias_ref, real_ref, *refs, tile: int, splits: int, queries: int):
+def _kernel(queries_ref, keys_ref, bias_ref, real_ref, *refs, queries: int, tile_I: int, tile_J: int, splits: int):
     """One tile of queries, one of `splits` parts of the keys (FlashAttention's forward pass, Dao et al., 2022)."""
     *ids_refs, lse_ref, mean_ref = refs
     block, split = pl.program_id(0), pl.program_id(1)
-    at_I = pl.ds(block * tile, tile)
-    inside_I = block * tile + jnp.arange(tile) < queries
+    at_I = pl.ds(block * tile_I, tile_I)
+    inside_I = block * tile_I + jnp.arange(tile_I) < queries
     queries_IxD = triton.load(queries_ref.at[at_I], mask=inside_I[:, None], other=0.0)
     real_keys = real_ref[1]
 
     def add(number, sums):
         top_I, sum_I, mixed_IxD = sums
-        at_J = pl.ds(number * KEYS, KEYS)
-        inside_J = number * KEYS + jnp.arange(KEYS) < real_keys
+        at_J = pl.ds(number * tile_J, tile_J)
+        inside_J = number * tile_J + jnp.arange(tile_J) < real_keys
         keys_JxD = triton.load(keys_ref.at[at_J], mask=inside_J[:, None], other=0.0)
         logits_IxJ = queries_IxD @ keys_JxD.T
         logits_IxJ += triton.load(bias_ref.at[at_J], mask=inside_J, other=NONE)[None]
@@ -84,11 +84,11 @@ def _kernel(queries_ref, keys_ref, bias_ref, real_ref, *refs, tile: int, splits:
         mixed_IxD = mixed_IxD * keep_I[:, None] + exp_IxJ @ keys_JxD
         return new_I, sum_I * keep_I + exp_IxJ.sum(axis=1), mixed_IxD
 
-    tiles = (real_keys + KEYS - 1) // KEYS
+    tiles = (real_keys + tile_J - 1) // tile_J
     each = (tiles + splits - 1) // splits
     begin = jnp.minimum(split * each, tiles)
-    end = jnp.where(block * tile < real_ref[0], jnp.minimum(begin + each, tiles), begin)
-    start = (jnp.full(tile, NONE), jnp.zeros(tile), jnp.zeros_like(queries_IxD))
+    end = jnp.where(block * tile_I < real_ref[0], jnp.minimum(begin + each, tiles), begin)
+    start = (jnp.full(tile_I, NONE), jnp.zeros(tile_I), jnp.zeros_like(queries_IxD))
     top_I, sum_I, mixed_IxD = jax.lax.fori_loop(begin, end, add, start)
     sum_I = jnp.where(sum_I == 0, 1, sum_I)  # no key was looked at
     triton.store(lse_ref.at[split, at_I], top_I + jnp.log(sum_I), mask=inside_I)

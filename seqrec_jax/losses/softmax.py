@@ -77,7 +77,7 @@ def _sums(mesh, specs, chunk, *arrays):
 
 def _forward(mesh, specs, chunk, *arrays):
     walk = jax.shard_map(
-        _attend if has_kernel() else functools.partial(_walk, chunk=chunk),
+        _attend if has_kernel(arrays[0].shape[1]) else functools.partial(_walk, chunk=chunk),
         mesh=mesh,
         in_specs=specs,
         out_specs=(P(), P(), P("data"), P("data"), P("model"), specs[3]),
@@ -94,9 +94,9 @@ def _backward(mesh, specs, chunk, gradients, cotangents):
 _sums.defvjp(_forward, _backward)
 
 
-def has_kernel() -> bool:
-    """Whether this is a GPU that losses/fused.py is written for (NVIDIA's, since Ampere)."""
-    if jax.default_backend() != "gpu":
+def has_kernel(dim: int) -> bool:
+    """Whether losses/fused.py is written for this GPU (NVIDIA's, since Ampere) and for states of `dim` entries."""
+    if jax.default_backend() != "gpu" or dim > 512:  # wider tiles do not fit in its shared memory
         return False
     capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
     return capability.replace(".", "").isdigit() and float(capability) >= 8
