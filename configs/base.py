@@ -94,7 +94,9 @@ def get_config(argument: str = "") -> ConfigDict:
     # sampled: uniform (each counts once, CL4SRec Eq. 15) | popularity (with logQ correction: each stands for 1 / (K q)
     # items, so that the loss estimates the one over all items)
     loss.negative_distribution = "uniform"
-    loss.history_negatives = False  # sampled: the items of the history so far compete too, each once
+    # sampled: the items of the history so far compete too, each once, beside what is drawn (by popularity they weigh
+    # twice, because the draw stands for them as well)
+    loss.history_negatives = False
 
     config.contrastive = contrastive = ConfigDict()
     contrastive.weight = 0.1  # lambda

@@ -162,6 +162,8 @@ def _flags(argv: Sequence[str]) -> dict[str, str]:
 def load(path_and_argument: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
     """The locked config of `configs/NAME.py:ARGUMENT` or of a run's config.json, with overrides (dotted key, text)."""
     name, colon, argument = path_and_argument.partition(":")
+    if Path(path_and_argument).expanduser().is_file():  # its folder's name may hold a colon
+        name, colon, argument = path_and_argument, "", ""
     overrides = list(overrides)
     if any(key in ("data.path", "data.name") and text for key, text in overrides) and not name.endswith(".json"):
         argument = ",".join(filter(None, (argument, "own")))

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from seqrec_jax import ranking
 from seqrec_jax.data.batches import Batch, Layout, batch_of, history_examples, layout_of, plan_epoch
-from seqrec_jax.data.dataset import SequenceDataset
+from seqrec_jax.data.dataset import SequenceDataset, first_occurrences
 from seqrec_jax.data.files import read_bytes
 from seqrec_jax.errors import UserError
 from seqrec_jax.protocol import UNJUDGED, Protocol, protocol_of, ranks_items
@@ -94,7 +94,7 @@ def make_evaluator(dataset: SequenceDataset, config: ConfigDict, split: str, mes
     target_U[examples.user_E] = dataset.items_A[dataset.offsets_U1[examples.user_E + 1] - held_out]
     arrays = {
         "items_A": dataset.items_A,
-        "first_A": ranking.first_occurrences(dataset.items_A, dataset.offsets_U1),
+        "first_A": first_occurrences(dataset.items_A, dataset.offsets_U1),
         "offsets_U1": dataset.offsets_U1.astype(np.int32),
         "target_U": target_U,
     }
@@ -149,6 +149,8 @@ def _read_negatives(dataset: SequenceDataset, path: Path, count: int, users_E: n
         unknown = [item for item in items if item not in dense]
         if unknown:
             raise UserError(f"{path}:{number}: negative item {unknown[0]} is not in the data")
+        if user is not None and user in rows:
+            raise UserError(f"{path}:{number}: user {user} has negatives already, in a line before")
         rows[user] = [dense[item] for item in items]
     missing = [user for user in dataset.user_ids[users_E] if user not in rows]
     if missing:

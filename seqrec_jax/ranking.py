@@ -18,16 +18,6 @@ class Hidden:
     end_U: jax.Array
 
 
-def first_occurrences(items_A: np.ndarray, offsets_U1: np.ndarray) -> np.ndarray:
-    """[actions] bool: the item has not occurred before in the same user's history."""
-    user_A = np.repeat(np.arange(len(offsets_U1) - 1), np.diff(offsets_U1))
-    order = np.lexsort((items_A, user_A))  # stable: equal pairs stay in time order
-    again = (np.diff(items_A[order]) == 0) & (np.diff(user_A[order]) == 0)
-    first_A = np.ones(len(items_A), bool)
-    first_A[order[1:][again]] = False
-    return first_A
-
-
 def count_better(
     states_UxD: jax.Array, items_VxD: jax.Array, targets_U: jax.Array, num_items: int, hidden: Hidden | None, block: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

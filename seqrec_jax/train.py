@@ -104,6 +104,8 @@ def train(
     eval_every = config.eval.every or layout.steps
     save_every = config.train.save_every or eval_every
     keep = {epoch * layout.steps for epoch in config.train.keep_epochs}
+    if keep and max(keep) > total:
+        log.warning("train.keep_epochs=%d is never reached: the run ends at step %d", max(keep) // layout.steps, total)
     lines = Log(workdir, step, progress.validated_step)
     bar = tqdm(total=total, initial=step, unit="step", desc=config.name, disable=jax.process_index() > 0)
     unread, read_at = None, 0.0  # the last dispatch, (sums, first step, last step); when the one before was read

@@ -43,10 +43,11 @@ def transfer(
     if "items" not in old:
         raise UserError(f"{config.init_from}: it learned from users' vectors and has no encoder (config.init_from)")
     ranks = config.system not in PRETRAINING and config.task not in TASKS
-    if ranks and not meta["config"]["data"].get("hold_out", True):
+    if ranks and not held_out(meta):
         raise UserError(
-            f"{config.init_from}: it was trained with data.hold_out=False, on the items that this run is tested on "
-            "(config.init_from): pretrain anew with --config.data.hold_out=true"
+            f"{config.init_from}: it, or the run it began from, was trained with data.hold_out=False or for a task "
+            "that reads whole histories, and so on the items that this run is tested on (config.init_from): pretrain "
+            "anew with --config.data.hold_out=true"
         )
     _check_encoder(meta["config"]["encoder"], config)
     _check_shapes({name: params[name] for name in shared}, {name: old[name] for name in shared}, config.init_from)
@@ -70,6 +71,7 @@ def transfer(
         "config_hash": configuration.config_hash(ConfigDict(meta["config"])),
         "data_hash": meta["dataset_hash"],
         "manifest": checkpoint.manifest_hash(store, step),
+        "held_out": held_out(meta),
         "items_kept": kept,
         "items_new": len(item_ids) - kept,
         "items_dropped": len(meta["items"]) - kept,
@@ -80,6 +82,13 @@ def transfer(
     groups = [f"{what.replace('_', ' ')}: {', '.join(report[what])}" for what in ("left_out", "fresh") if report[what]]
     log.info("parameters from %s, step %d: %s", report["from"], report["step"], "; ".join([f"items {counts}", *groups]))
     return params | {name: old[name] for name in shared} | moved, report
+
+
+def held_out(meta: dict) -> bool:
+    """Whether the last two items of users, which next items are tested on, were kept from a run's parameters."""
+    config, parent = meta["config"], meta.get("parent") or {}
+    read_all = not config["data"].get("hold_out", True) or (config["task"] in TASKS and not config["freeze_encoder"])
+    return parent.get("held_out", True) and not read_all
 
 
 def matching_rows(item_ids: list[str], old_ids: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -245,6 +245,8 @@ def _eval_conflicts(config: ConfigDict) -> Iterator[str]:
         for key in ("candidates", "hide_history", "metric"):
             if not evaluation[key]:
                 yield f"eval.protocol=custom needs eval.{key}; allowed: {allowed(f'eval.{key}', '')}"
+        if candidates == "sampled" and evaluation.hide_history == "yes":
+            yield "eval.hide_history=yes has no use with eval.candidates=sampled (none is in the history); allowed: no"
     else:
         fixed = PROTOCOLS[protocol]
         candidates = fixed.candidates

@@ -97,6 +97,10 @@ def test_a_configuration_file_may_lie_anywhere(tmp_path, monkeypatch):
         "    config.name = argument\n    return config\n"
     )
     assert load("mine.py:here").name == "here"
+    folder = Path("2026-11-27T14:11")
+    folder.mkdir()
+    (folder / "config.json").write_text(to_json(load("mine.py:there")))
+    assert load(f"{folder}/config.json").name == "there"
 
 
 @pytest.mark.parametrize(
@@ -299,6 +303,10 @@ def test_an_open_end_is_outside(key):
         (["eval.protocol=C", "eval.num_negatives=50"], ["eval.num_negatives=50", "says 99", "custom"]),
         (["eval.negatives=file"], ["eval.negatives=file", "eval.protocol=C"]),
         (["eval.protocol=custom", "eval.candidates=all", "eval.metric=mrr"], ["needs eval.hide_history", "yes, no"]),
+        (
+            ["eval.protocol=custom", "eval.candidates=sampled", "eval.metric=mrr", "eval.hide_history=yes"],
+            ["eval.hide_history=yes has no use with eval.candidates=sampled"],
+        ),
     ],
 )
 def test_contradictions_are_explained(overrides, said):

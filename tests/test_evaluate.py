@@ -191,6 +191,14 @@ def test_drawn_negatives_are_uniform_over_what_the_user_has_not_met():
     np.testing.assert_allclose(np.bincount(drawn.ravel(), minlength=9) / 4000, [0] * 4 + [0.2] * 5, atol=0.025)
 
 
+def test_a_users_negatives_stand_in_one_line(tmp_path):
+    items = np.array([1, 2, 3], np.int32)
+    dataset = SequenceDataset(items, np.array([0, 3]), np.arange(8).astype(str), np.array(["u"]), "", {})
+    (tmp_path / "negatives.txt").write_text("u 4\n\nu 5\n")
+    with pytest.raises(UserError, match="negatives.txt:3: user u has negatives already"):
+        negatives_of(dataset, config_of(num_negatives=1, negatives=str(tmp_path / "negatives.txt")), np.array([0]))
+
+
 def test_too_few_items_for_the_negatives_is_an_error():
     dataset = random_dataset()
     with pytest.raises(UserError, match="num_negatives|negatives"):

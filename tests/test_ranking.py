@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from seqrec_jax import ranking
+from seqrec_jax.data.dataset import first_occurrences
 
 ITEMS, ROWS, DIM = 53, 64, 2
 BLOCKS = (7, 17, 64, 10**6)
@@ -29,7 +30,7 @@ def case(seed=0):
 def hidden_of(histories):
     offsets = np.cumsum([0, *map(len, histories)])
     items = np.concatenate(histories).astype(np.int32)
-    first = ranking.first_occurrences(items, offsets)
+    first = first_occurrences(items, offsets)
     return ranking.Hidden(*jax.device_put((items, first, offsets[:-1].astype(np.int32), offsets[1:].astype(np.int32))))
 
 
@@ -138,7 +139,7 @@ def test_first_occurrences():
     histories = [[3, 3, 1, 3], [], [1, 1], [3, 2, 1], [2, 5, 2, 5, 2]]
     offsets = np.cumsum([0, *map(len, histories)])
     expected = [item not in history[:place] for history in histories for place, item in enumerate(history)]
-    assert ranking.first_occurrences(np.concatenate(histories).astype(np.int32), offsets).tolist() == expected
+    assert first_occurrences(np.concatenate(histories).astype(np.int32), offsets).tolist() == expected
 
 
 def test_a_full_block_of_better_items_does_not_overflow_the_two_counts(monkeypatch):

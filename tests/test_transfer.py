@@ -17,7 +17,7 @@ from seqrec_jax.main import main
 from seqrec_jax.sharding import make_mesh
 from seqrec_jax.train import _begin, identity
 from seqrec_jax.train_step import init_state
-from seqrec_jax.transfer import transfer
+from seqrec_jax.transfer import held_out, transfer
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
@@ -183,7 +183,23 @@ def test_what_was_trained_on_the_test_items_is_refused(child, make, tmp_path):
         transfer(child[0].params, dataset.item_ids, config, make_mesh(1, 1))
     with config.unlocked():
         config.system, config.task = "downstream", "profile"  # labels are no items
-    transfer(child[0].params, dataset.item_ids, config, make_mesh(1, 1))
+    _, parent = transfer(child[0].params, dataset.item_ids, config, make_mesh(1, 1))
+    assert parent["held_out"] is False
+
+
+@pytest.mark.parametrize(
+    ("own", "parent", "kept"),
+    [
+        ({}, {}, True),
+        ({"task": "profile"}, {}, False),  # it reads whole histories
+        ({"task": "profile", "freeze_encoder": True}, {}, True),
+        ({}, {"held_out": False}, False),  # what a grandparent has seen stays in the parameters
+        ({"task": "cold_start", "freeze_encoder": True}, {"held_out": False}, False),
+    ],
+)
+def test_what_a_run_has_read_is_known_to_those_that_begin_from_it(own, parent, kept):
+    config = {"data": {"hold_out": True}, "task": "next_item", "freeze_encoder": False} | own
+    assert held_out({"config": config, "parent": parent}) is kept
 
 
 def test_groups_of_one_side_alone_are_left_out_or_fresh_and_told(parent, child, make, caplog):

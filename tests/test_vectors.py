@@ -92,11 +92,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.jsonl"])
-@pytest.mark.parametrize("time", ["timestamp", ""])
-def test_histories_are_those_of_plain_python(folder, monkeypatch, name, time):
+@pytest.mark.parametrize(
+    ("time", "repeats"), [("timestamp", "keep"), ("", "keep"), ("timestamp", "drop"), ("", "drop")]
+)
+def test_histories_are_those_of_plain_python(folder, monkeypatch, name, time, repeats):
     monkeypatch.setattr(histories, "PIECE", 4)
     data = get_config().data
-    data.time_column = time
+    data.time_column, data.repeats = time, repeats
 
     @settings(max_examples=30, deadline=None)
     @given(TABLE)
@@ -104,6 +106,8 @@ def test_histories_are_those_of_plain_python(folder, monkeypatch, name, time):
         write(folder / name, rows)
         ordered = sorted(rows, key=lambda row: row[2]) if time else rows
         expected = {user: [item for u, item, _ in ordered if u == user and item != "?"] for user, _, _ in rows}
+        if repeats == "drop":
+            expected = {user: list(dict.fromkeys(items)) for user, items in expected.items()}
         if not any(expected.values()):
             with pytest.raises(UserError, match="knows none of its items"):
                 histories.read_histories(folder / name, data, CATALOGUE)

@@ -26,3 +26,13 @@ class SequenceDataset:
     attribute_names: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.str_))  # of a: [a - 1]
     train_fraction: float = 1.0  # share of users who are trained on: see data.batches.train_lengths
     hold_out: bool = True  # whether the last two items of a user are kept from training: see there, too
+
+
+def first_occurrences(items_A: np.ndarray, offsets_U1: np.ndarray) -> np.ndarray:
+    """[actions] bool: the item has not occurred before in the same user's history."""
+    user_A = np.repeat(np.arange(len(offsets_U1) - 1), np.diff(offsets_U1))
+    order = np.lexsort((items_A, user_A))  # stable: equal pairs stay in time order
+    again = (np.diff(items_A[order]) == 0) & (np.diff(user_A[order]) == 0)
+    first_A = np.ones(len(items_A), bool)
+    first_A[order[1:][again]] = False
+    return first_A

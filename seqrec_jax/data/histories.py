@@ -9,6 +9,7 @@ import polars as pl
 from ml_collections import ConfigDict
 
 from seqrec_jax.data import tables
+from seqrec_jax.data.dataset import first_occurrences
 from seqrec_jax.data.rows import form_of
 from seqrec_jax.errors import UserError
 
@@ -66,6 +67,12 @@ def read_histories(path: Path, data: ConfigDict, item_ids: Sequence[str]) -> His
         time_A = [pl.concat(times, how="vertical_relaxed")["time"].to_numpy()] if time else []
         items_A = items_A[np.lexsort([*time_A, number_A])]
         count_R = np.bincount(number_A, minlength=len(numbered))
+    if data.repeats == "drop":
+        first_A = first_occurrences(items_A, np.concatenate([[0], np.cumsum(count_R)]))
+        items_A, count_R = (
+            items_A[first_A],
+            np.bincount(np.repeat(np.arange(len(count_R)), count_R)[first_A], minlength=len(count_R)),
+        )
     kept_U = count_R > 0
     return Histories(
         user_ids=numbered["user"].filter(pl.Series(kept_U)),

@@ -161,7 +161,12 @@ def _json_objects(lines: pl.DataFrame, columns: Mapping[str, str]) -> pl.DataFra
     raw = pl.col("raw")
     values = {column: raw.str.json_path_match(f"$[{json.dumps(column)}]") for column in columns}
     no_object = ~raw.str.starts_with("{") | raw.str.json_path_match("$").is_null()
-    return lines.with_columns(_reason("not a JSON object", no_object), **values)
+    lines = lines.with_columns(_reason("not a JSON object", no_object), **values)
+    for column, kind in columns.items():
+        if kind != "list":
+            nested = raw.str.contains(rf"{re.escape(json.dumps(column))}\s*:\s*[\[{{]")
+            lines = lines.with_columns(_reason(f"{column} is a list or an object, not one value", nested))
+    return lines
 
 
 def _keys(objects: pl.DataFrame, columns: Mapping[str, str]) -> list[str]:

@@ -76,7 +76,7 @@ def read_pieces(
         frame = frame.with_columns(reason=pl.coalesce("reason", *faults))
         rejections = _reject(frame.filter(pl.col("reason").is_not_null()), path, on_bad_row)
         good = frame.filter(pl.col("reason").is_null()).select("line", *columns)
-        numbers = [_number(good[column]) for column, kind in columns.items() if kind == "number"]
+        numbers = [_number(good[column], path) for column, kind in columns.items() if kind == "number"]
         yield Table(good.with_columns(numbers), frame.height, blank_lines, rejections)
     if not found:
         raise UserError(f"{path} holds no rows, only a header")
@@ -115,6 +115,11 @@ def _reject(bad: pl.DataFrame, path: Path, on_bad_row: str) -> tuple[Rejection, 
     return tuple(Rejection(reason, count, line, shown(raw)) for reason, count, line, raw in groups.iter_rows())
 
 
-def _number(values: pl.Series) -> pl.Series:
+def _number(values: pl.Series, path: Path) -> pl.Series:
     whole = values.cast(pl.Int64, strict=False)
+    if whole.null_count() and (whole.abs() > 2**53).any():
+        raise UserError(
+            f"{path}: column '{values.name}' mixes fractions with whole numbers beyond 2^53, which would lose their "
+            "last digits: write all of them as whole numbers"
+        )
     return values.cast(pl.Float64) if whole.null_count() else whole

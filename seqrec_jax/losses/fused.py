@@ -1,4 +1,7 @@
-"""Attention whose scores are never in memory: a GPU kernel for the softmax over many columns (Pallas, Triton)."""
+"""Attention whose scores are never in memory: a GPU kernel for the softmax over many columns (Pallas, Triton).
+
+Products are of the precision JAX is set to: TF32, if nothing is said.
+"""
 
 import functools
 
@@ -38,7 +41,7 @@ def attend(
     real = jnp.stack([jnp.asarray(real_queries, jnp.int32), jnp.asarray(real_keys, jnp.int32)])
     ids = () if key_ids_J is None else (query_ids_I, key_ids_J)
     lse_SxI, mean_SxIxD = pl.pallas_call(
-        functools.partial(_kernel, queries=queries, tile_I=tile_I, tile_J=tile_J, splits=splits),
+        functools.partial(_kernel, tile_I=tile_I, tile_J=tile_J),
         grid=(blocks, splits),
         out_shape=(
             jax.ShapeDtypeStruct((splits, queries), jnp.float32),
@@ -59,9 +62,10 @@ def _splits(blocks: int, most: int) -> int:
     return next((splits for splits in range(1, most + 1) if busy(splits) >= 0.9), max(most, 1))
 
 
-def _kernel(queries_ref, keys_ref, bias_ref, real_ref, *refs, queries: int, tile_I: int, tile_J: int, splits: int):
+def _kernel(queries_ref, keys_ref, bias_ref, real_ref, *refs, tile_I: int, tile_J: int):
     """One tile of queries, one of `splits` parts of the keys (FlashAttention's forward pass, Dao et al., 2022)."""
     *ids_refs, lse_ref, mean_ref = refs
+    splits, queries = lse_ref.shape
     block, split = pl.program_id(0), pl.program_id(1)
     at_I = pl.ds(block * tile_I, tile_I)
     inside_I = block * tile_I + jnp.arange(tile_I) < queries

@@ -113,7 +113,8 @@ def _attend(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, targ
     real_M, score_M = target_M > 0, (hidden_MxD * positive_MxD).sum(axis=1)
     ids = (None, None) if column_ids_C is None else (target_M, column_ids_C)
     here_M, mean_MxD = attend(hidden_MxD, columns_CxD, column_bias_C, count, columns, *ids)
-    all_M = _logsumexp(here_M, "model")
+    top_M = jax.lax.pmax(here_M, "model")
+    all_M = top_M + jnp.log(jax.lax.psum(jnp.exp(here_M - top_M), "model"))
     if column_ids_C is not None:
         all_M = jnp.logaddexp(all_M, score_M)
     if others_N is not None:
@@ -130,14 +131,6 @@ def _attend(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, targ
     d_columns = jnp.exp(mass_C + column_bias_C)[:, None] * mean_CxD
     total, count, d_columns = _summed((total, count, d_columns), "data")
     return total, count, d_hidden, d_positive, d_columns, d_others
-
-
-def _logsumexp(x, axis: str):
-    """Over the devices of a mesh axis."""
-    if jax.lax.axis_size(axis) == 1:
-        return x
-    top = jax.lax.pmax(x, axis)
-    return top + jnp.log(jax.lax.psum(jnp.exp(x - top), axis))
 
 
 def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, targets_N, column_ids_C, *, chunk):
