@@ -189,6 +189,11 @@ def get_config(argument: str = "") -> ConfigDict:
 def select(config: ConfigDict, argument: str, variants: dict) -> ConfigDict:
     """Applies the argument after the colon: a data set name, then variants, each a function that edits the config."""
     words = [word for word in map(str.strip, argument.split(",")) if word]
+    named = [word for word in words if word in DATASETS]
+    if len(named) > 1:
+        raise ValueError(
+            f"'{argument}' after the colon names {len(named)} data sets: {', '.join(named)}; a run has one"
+        )
     for word in sorted(words, key=lambda word: word not in DATASETS):  # variants may look at the data set
         if word in DATASETS:
             config.data.name = word
@@ -198,7 +203,7 @@ def select(config: ConfigDict, argument: str, variants: dict) -> ConfigDict:
         elif word in variants:
             variants[word](config)
         else:
-            known = ", ".join([*DATASETS, *variants])
+            known = ", ".join([*DATASETS, "own", *variants])
             raise ValueError(f"'{word}' after the colon is no data set and no variant of {config.name}; known: {known}")
     return config
 

@@ -40,6 +40,7 @@ class Store:
     @functools.cached_property
     def manager(self):
         """orbax's CheckpointManager."""
+        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells much
         import orbax.checkpoint as ocp
 
         options = ocp.CheckpointManagerOptions(

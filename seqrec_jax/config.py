@@ -1,5 +1,6 @@
 """The command line, the files of configs/, and config.json. What each key may be is in validate.py."""
 
+import csv
 import difflib
 import hashlib
 import importlib.util
@@ -22,7 +23,7 @@ python -m seqrec_jax.main --config=configs/NAME.py[:DATASET,VARIANT] [--config.k
     --config.key=value   overrides one key; configs/base.py lists and explains them all
     --workdir=FOLDER     where the run lives; the same command resumes it (default: runs/NAME-HASH)
     --mode=MODE          train (default), evaluate, recommend, embed, report
-    --history=ID,ID,...  recommend: the items a user has met, oldest first
+    --history=ID,ID,...  recommend: the items a user has met, oldest first; an id with a comma in double quotes
     --k=10               recommend: how many items to name
     --embed=users        embed: vectors of users or of items
     --histories=FILE     embed: the users and their items (default: those of the run's data)
@@ -78,7 +79,7 @@ def parse_arguments(argv: Sequence[str], config_in: Callable[[Path], Mapping[str
         config=None,
         workdir=workdir,
         mode=flags["mode"],
-        history=_listed(flags["history"]),
+        history=_history(flags["history"]),
         k=int(flags["k"]),
         embed=flags["embed"],
         histories=Path(flags["histories"]).expanduser() if flags["histories"] else None,
@@ -115,7 +116,7 @@ def _check_mode(flags: Mapping[str, str], given: Iterable[str]) -> None:
         raise UserError(f"--{foreign[0]} has no meaning with --mode=report: it reads the configs of --workdirs=A,B,...")
     if mode == "report" and not _listed(flags["workdirs"]):
         raise UserError("--mode=report needs --workdirs=A,B,... (the folders of finished runs)")
-    if mode == "recommend" and not _listed(flags["history"]):
+    if mode == "recommend" and not _history(flags["history"]):
         raise UserError("--mode=recommend needs --history=ID,ID,... (the items a user has met, oldest first)")
     if flags["embed"] not in EMBEDDED:
         raise unknown("--embed", flags["embed"], EMBEDDED)
@@ -125,6 +126,15 @@ def _check_mode(flags: Mapping[str, str], given: Iterable[str]) -> None:
         raise UserError(f"--out={flags['out']}: vectors are written as Parquet; allowed: a name that ends in .parquet")
     if not flags["k"].isdecimal() or int(flags["k"]) < 1:
         raise UserError(f"--k={flags['k']} is out of range; allowed: a whole number in [1, inf)")
+
+
+def _history(text: str) -> tuple[str, ...]:
+    """Ids as fields of a CSV line."""
+    try:
+        (fields,) = csv.reader([text], skipinitialspace=True, strict=True)
+    except (csv.Error, ValueError) as error:
+        raise UserError(f"--history={text} cannot be read: {error}") from None
+    return tuple(field.strip() for field in fields if field.strip())
 
 
 def _listed(text: str) -> tuple[str, ...]:
@@ -178,7 +188,10 @@ def load(path_and_argument: str, overrides: Iterable[tuple[str, str]] = ()) -> C
     # What a configuration file can get wrong, in Python's or ConfigDict's words.
     except (UserError, ValueError, TypeError, AttributeError, KeyError, ImportError, NameError, SyntaxError) as error:
         raise UserError(f"{path}: {error}") from error
-    return _overridden(config, overrides)
+    config = _overridden(config, overrides)
+    if "own" in map(str.strip, argument.split(",")) and not config.data.path and not config.data.name:
+        raise UserError(f"{path}:{argument}: `own` reads a file of yours: set --config.data.path=FILE")
+    return config
 
 
 def _overridden(config: ConfigDict, overrides: Iterable[tuple[str, str]]) -> ConfigDict:

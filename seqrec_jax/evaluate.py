@@ -127,7 +127,8 @@ def negatives_of(dataset: SequenceDataset, config: ConfigDict, users_E: np.ndarr
         if num_items - len(np.unique(history)) < wanted:
             raise UserError(
                 f"user {dataset.user_ids[user]} leaves fewer than {wanted} items to draw negatives from; "
-                f"lower config.eval.num_negatives"
+                "lower config.eval.num_negatives (with --config.eval.protocol=custom --config.eval.candidates=sampled "
+                "--config.eval.hide_history=no --config.eval.metric=ndcg@10 where the protocol says how many)"
             )
         drawn = np.empty(0, np.int64)
         while len(drawn) < wanted:

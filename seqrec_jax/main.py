@@ -19,7 +19,6 @@ STOPPED = 75
 def main(argv: Sequence[str]) -> int:
     """Runs one mode and returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells much
     logging.getLogger("jax").setLevel(logging.WARNING)
     try:
         return run(argv)

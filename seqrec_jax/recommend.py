@@ -31,7 +31,7 @@ class Recommendations:
     unknown: list[list[str]]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """What a checkpoint holds, ready to be asked."""
 
@@ -56,6 +56,8 @@ class Recommender:
         Unknown ids are left out and reported. The ranking is that of the evaluation. Raises UserError if a history
         has no known item, or fewer than k items remain.
         """
+        if isinstance(k, bool) or not hasattr(k, "__index__"):
+            raise UserError(f"k={k!r} is no whole number")
         if isinstance(histories, str) or any(isinstance(history, str) for history in histories):
             raise UserError('histories are lists of item ids, as in [["12", "7"]], not text')
         item_ids = self.model.item_ids
@@ -65,6 +67,8 @@ class Recommender:
             if not items:
                 raise UserError(f"history {number} ({', '.join(map(str, history))}) has no item this model knows")
             left = len(item_ids) - (len(set(items)) if hide_history else 0)
+            if not left:
+                raise UserError(f"history {number} covers the whole catalogue: there is nothing left to recommend")
             if not 1 <= k <= left:
                 raise UserError(f"k={k} is out of range for history {number}; allowed: 1 to {left}")
         result = Recommendations([], [], [])

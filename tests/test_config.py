@@ -165,6 +165,13 @@ def test_a_file_of_ones_own_has_the_recipe_for_real_data_whatever_the_variant(fi
         assert (given.profile.labels, embedded.profile.labels) == ("", "included")
 
 
+def test_the_data_set_after_the_colon_is_one():
+    with pytest.raises(UserError, match="names 2 data sets: lastfm, beauty"):
+        load(f"{CONFIGS / 'pop.py'}:lastfm,beauty")
+    with pytest.raises(UserError, match="set --config.data.path=FILE"):
+        load(f"{CONFIGS / 'pop.py'}:own,smoke")
+
+
 def test_the_paper_variants_follow_the_papers():
     sasrec = load(f"{CONFIGS / 'sasrec.py'}:ml1m,paper")
     assert (sasrec.encoder.max_length, sasrec.encoder.hidden_dropout, sasrec.train.beta2) == (200, 0.2, 0.98)
@@ -188,8 +195,8 @@ def test_command_line(tmp_path):
 
 def test_recommend_takes_a_history_and_the_config_of_the_workdir(tmp_path):
     (tmp_path / "config.json").write_text(to_json(overridden("seed=7", source=CL4SREC)))
-    arguments = parse_arguments([f"--workdir={tmp_path}", "--mode=recommend", "--history=a, b=1,c", "--k=5"])
-    assert (arguments.history, arguments.k, arguments.config.seed) == (("a", "b=1", "c"), 5, 7)
+    arguments = parse_arguments([f"--workdir={tmp_path}", "--mode=recommend", '--history=a, b=1,"c,d"', "--k=5"])
+    assert (arguments.history, arguments.k, arguments.config.seed) == (("a", "b=1", "c,d"), 5, 7)
 
 
 def test_report_reads_the_runs_own_configs():

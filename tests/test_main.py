@@ -266,6 +266,17 @@ def test_k_out_of_range_is_an_error_with_the_bounds(odd, k):
         recommender.recommend([["007", "a b", "007"]], k)
 
 
+def test_k_is_a_number_and_something_must_be_left(odd):
+    recommender = seqrec_jax.load(odd[0])
+    for k in (2.5, "3", True):
+        with pytest.raises(UserError, match="is no whole number"):
+            recommender.recommend([["007"]], k)
+    assert len(recommender.recommend([["007"]], np.int64(3)).items[0]) == 3
+    with pytest.raises(UserError, match="history 2 covers the whole catalogue"):
+        recommender.recommend([["007"], recommender.model.item_ids.tolist()], 1)
+    assert len(repr(recommender)) < 200
+
+
 def test_history_without_a_known_item_is_an_error(odd, capsys):
     assert main([f"--workdir={odd[0]}", "--mode=recommend", "--history=what,else"]) == 2
     assert "history 1 (what, else) has no item this model knows" in capsys.readouterr().err

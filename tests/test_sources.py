@@ -200,7 +200,12 @@ def test_quoted_header_and_no_times(tmp_path):
         ("a.csv", "user_id,item_id,timestamp\nu,i,1\n".encode("utf-16"), r"a\.csv:1: bytes that are not UTF-8"),
         ("a.jsonl", '{"user": 1, "item_id": 1, "timestamp": 1}\n', "'user_id' is not known. Did you mean 'user'"),
         ("a.jsonl", '{\n"user_id": 1\n}\n', r"a\.jsonl:1: not a JSON object"),
-        ("a.jsonl", '{"user_id": 1, "item_id": ["a"], "timestamp": 1}\n', "a.jsonl:1: item_id is a list or an object"),
+        (
+            "a.jsonl",
+            '{"user_id": 1, "item_id": ["a"], "timestamp": 1}\n',
+            "a.jsonl:1: item_id is a list, an object or a truth value",
+        ),
+        ("a.jsonl", '{"user_id": 1, "item_id":true, "timestamp": 1}\n', "a.jsonl:1: item_id is a list, an object or a"),
         ("a.csv", f"user_id,item_id,timestamp\nu,i,{2**60}\nu,j,0.5\n", "'timestamp' mixes fractions with whole"),
         ("a.csv.gz", gzip.compress(b"user_id,item_id,timestamp\nu,i,1\n", mtime=0)[:-9], "damaged or cut short"),
         ("a.csv.gz", gzip.compress(b"a" * 100, mtime=0)[:12] + b"\xff" * 30, "damaged or cut short"),
@@ -215,6 +220,8 @@ def test_file_faults(tmp_path, name, content, message):
 def test_missing_file_folder_and_settings(tmp_path):
     with pytest.raises(UserError, match=r"none\.csv does not exist.*--config\.data\.path"):
         sources.read(config(tmp_path / "none.csv"))
+    with pytest.raises(UserError, match=r"none\.xyz does not exist"):
+        sources.read(config(tmp_path / "none.xyz"))
     with pytest.raises(UserError, match="is a folder, not a file"):
         sources.read(config(tmp_path, format="csv"))
     with pytest.raises(UserError, match="data.format 'parket' is not known. Did you mean 'parquet'"):

@@ -81,6 +81,7 @@ def build(
         raise UserError(
             f"{source}: none of its {table.rows_read} rows is left after data.on_bad_row ({read.height} left), "
             f"data.repeats ({kept.height} left) and data.min_user={min_user}, data.min_item={min_item}: lower these"
+            + "".join(f"; {r.count} rows: {r.reason}, as in line {r.line}: {r.text}" for r in table.rejections)
         )
     if core.height >= 2**31:
         raise UserError(f"{source}: {core.height:,} actions; one data set holds at most 2^31 - 1")
@@ -144,7 +145,7 @@ def print_report(report: dict) -> None:
         **({"dropped": f"{report['targets_dropped']:,} targets"} if "targets_dropped" in report else {}),
         **({"attributes": attributes.report_line(report["attributes"])} if "attributes" in report else {}),
         **({"trained on": f"{report['users_trained']:,} users"} if "users_trained" in report else {}),
-        "too short": f"{report['users_too_short']:,} users with fewer than 3 items (trained on, not evaluated)",
+        "too short": f"{report['users_too_short']:,} users with fewer than 3 items (not evaluated)",
         "hash": report["hash"],
     }
     for label, text in rows.items():

@@ -47,6 +47,8 @@ def form_of(path: Path, remedy: str) -> str:
     for name, form in FORMATS.items():
         if suffix in form.suffixes:
             return name
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
     raise UserError(f"the name of {path} does not tell its format: {remedy}")
 
 
@@ -164,8 +166,8 @@ def _json_objects(lines: pl.DataFrame, columns: Mapping[str, str]) -> pl.DataFra
     lines = lines.with_columns(_reason("not a JSON object", no_object), **values)
     for column, kind in columns.items():
         if kind != "list":
-            nested = raw.str.contains(rf"{re.escape(json.dumps(column))}\s*:\s*[\[{{]")
-            lines = lines.with_columns(_reason(f"{column} is a list or an object, not one value", nested))
+            nested = raw.str.contains(rf"{re.escape(json.dumps(column))}\s*:\s*([\[{{]|true|false)")
+            lines = lines.with_columns(_reason(f"{column} is a list, an object or a truth value", nested))
     return lines
 
 
@@ -219,4 +221,4 @@ def _reason(text: str, bad: pl.Expr) -> pl.Expr:
 def shown(raw: str) -> str:
     """Text from a file made safe and short for a message."""
     raw = raw.replace(_NOT_UTF8, "\ufffd")
-    return ascii(raw if len(raw) <= 80 else raw[:77] + "...")
+    return repr(raw if len(raw) <= 80 else raw[:77] + "...")

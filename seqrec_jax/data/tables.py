@@ -88,7 +88,10 @@ def _faults(column: str, kind: str) -> list[pl.Expr]:
     faults = {f"empty {column}": value.is_null() | (value == "")} if kind != "list" else {}
     if kind == "number":
         number = value.cast(pl.Float64, strict=False)
-        faults |= {f"{column} is not a number": number.is_null(), f"{column} is not finite": ~number.is_finite()}
+        faults |= {
+            f"{column} is not a number": number.is_null(),
+            f"{column} is not finite": ~number.is_finite(),
+        }
     if kind == "index":
         faults[f"{column} is not an integer from 1"] = ~value.str.contains("^[1-9][0-9]*$")
     if kind == "id":
@@ -107,9 +110,10 @@ def _faults(column: str, kind: str) -> list[pl.Expr]:
 def _reject(bad: pl.DataFrame, path: Path, on_bad_row: str) -> tuple[Rejection, ...]:
     if on_bad_row == "error" and len(bad):
         first = bad.row(0, named=True)
+        dates = " (a date has to be one, too, but in Parquet)" if first["reason"].endswith("is not a number") else ""
         raise UserError(
-            f"{path}:{first['line']}: {first['reason']}: {shown(first['raw'])}. Correct the row, or leave bad rows "
-            "out, counted and reported, with --config.data.on_bad_row=drop"
+            f"{path}:{first['line']}: {first['reason']}: {shown(first['raw'])}{dates}. Correct the row, or leave bad "
+            "rows out, counted and reported, with --config.data.on_bad_row=drop"
         )
     groups = bad.group_by("reason", maintain_order=True).agg(pl.len(), pl.first("line"), pl.first("raw"))
     return tuple(Rejection(reason, count, line, shown(raw)) for reason, count, line, raw in groups.iter_rows())
