@@ -80,7 +80,8 @@ def build(
     if core.is_empty():
         raise UserError(
             f"{source}: none of its {table.rows_read} rows is left after data.on_bad_row ({read.height} left), "
-            f"data.repeats ({kept.height} left) and data.min_user={min_user}, data.min_item={min_item}: lower these"
+            f"data.repeats ({kept.height} left) and data.min_user={min_user}, data.min_item={min_item}"
+            + (": lower these" if min_user or min_item else "")
             + "".join(f"; {r.count} rows: {r.reason}, as in line {r.line}: {r.text}" for r in table.rejections)
         )
     if core.height >= 2**31:
