@@ -87,7 +87,9 @@ def transfer(
 def held_out(meta: dict) -> bool:
     """Whether the last two items of users, which next items are tested on, were kept from a run's parameters."""
     config, parent = meta["config"], meta.get("parent") or {}
-    read_all = not config["data"].get("hold_out", True) or (config["task"] in TASKS and not config["freeze_encoder"])
+    read_all = not config["data"].get("hold_out", True) or (
+        config.get("task") in TASKS and not config["freeze_encoder"]
+    )
     return parent.get("held_out", True) and not read_all
 
 

@@ -69,10 +69,8 @@ def read_histories(path: Path, data: ConfigDict, item_ids: Sequence[str]) -> His
         count_R = np.bincount(number_A, minlength=len(numbered))
     if data.repeats == "drop":
         first_A = first_occurrences(items_A, np.concatenate([[0], np.cumsum(count_R)]))
-        items_A, count_R = (
-            items_A[first_A],
-            np.bincount(np.repeat(np.arange(len(count_R)), count_R)[first_A], minlength=len(count_R)),
-        )
+        user_A = np.repeat(np.arange(len(count_R)), count_R)
+        items_A, count_R = items_A[first_A], np.bincount(user_A[first_A], minlength=len(count_R))
     kept_U = count_R > 0
     return Histories(
         user_ids=numbered["user"].filter(pl.Series(kept_U)),

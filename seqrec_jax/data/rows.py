@@ -166,8 +166,10 @@ def _json_objects(lines: pl.DataFrame, columns: Mapping[str, str]) -> pl.DataFra
     lines = lines.with_columns(_reason("not a JSON object", no_object), **values)
     for column, kind in columns.items():
         if kind != "list":
-            nested = raw.str.contains(rf"{re.escape(json.dumps(column))}\s*:\s*([\[{{]|true|false)")
-            lines = lines.with_columns(_reason(f"{column} is a list, an object or a truth value", nested))
+            # A text may look like one: what stands in the line behind the column's name tells.
+            unquoted = raw.str.contains(rf"{re.escape(json.dumps(column))}\s*:\s*([\[{{]|true|false)")
+            no_value = unquoted & pl.col(column).str.contains(r"^([\[{]|true$|false$)")
+            lines = lines.with_columns(_reason(f"{column} is a list, an object or a truth value", no_value))
     return lines
 
 

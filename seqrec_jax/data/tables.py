@@ -88,10 +88,7 @@ def _faults(column: str, kind: str) -> list[pl.Expr]:
     faults = {f"empty {column}": value.is_null() | (value == "")} if kind != "list" else {}
     if kind == "number":
         number = value.cast(pl.Float64, strict=False)
-        faults |= {
-            f"{column} is not a number": number.is_null(),
-            f"{column} is not finite": ~number.is_finite(),
-        }
+        faults |= {f"{column} is not a number": number.is_null(), f"{column} is not finite": ~number.is_finite()}
     if kind == "index":
         faults[f"{column} is not an integer from 1"] = ~value.str.contains("^[1-9][0-9]*$")
     if kind == "id":
