@@ -142,6 +142,7 @@ def test_bad_rows_of_histories(tmp_path):
     data.item_column = "user_id"
     with pytest.raises(UserError, match="name each column once"):
         histories.read_histories(tmp_path / "h.csv", data, CATALOGUE)
+    (tmp_path / "h.xls").touch()
     with pytest.raises(UserError, match="does not tell its format"):
         histories.read_histories(tmp_path / "h.xls", data, CATALOGUE)
 
