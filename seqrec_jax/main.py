@@ -6,6 +6,7 @@ command to continue.
 
 import gc
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,5 +101,7 @@ def _config_in(workdir: Path) -> dict:
 
 
 if __name__ == "__main__":
+    for name in (signal.SIGTERM, signal.SIGINT):  # while nothing is to be saved; training asks for its own way
+        signal.signal(name, lambda *_: sys.exit(STOPPED))
     gc.set_threshold(100_000)  # imports and traces make many objects that stay: seldom look for garbage among them
     sys.exit(main(sys.argv[1:]))

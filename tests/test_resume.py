@@ -262,6 +262,17 @@ def test_signal_saves_and_exits_75_and_the_run_resumes(cache, tmp_path, name):
     assert_equal_runs(tmp_path / "signalled", tmp_path / "whole")
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc tells which signals a process catches")
+def test_a_signal_before_anything_has_begun_exits_75_too(cache, tmp_path):
+    process = start(cache, tmp_path, train__max_epochs=10_000)
+    status, terminate = Path(f"/proc/{process.pid}/status"), 1 << signal.SIGTERM - 1
+    caught = lambda: int(next(line.split()[1] for line in status.read_text().splitlines() if "SigCgt" in line), 16)  # noqa: E731
+    wait_for(lambda: caught() & terminate, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75 and not read_lines(tmp_path / "metrics.jsonl")
+
+
 @pytest.mark.parametrize(
     ("kills", "epochs"), [(3, 12), pytest.param(20, 60, marks=pytest.mark.slow)], ids=["3 kills", "20 kills"]
 )
