@@ -100,6 +100,12 @@ def interpreted(monkeypatch):
         monkeypatch.setattr(fused.pl, "pallas_call", functools.partial(fused.pl.pallas_call, interpret=True))
 
 
+@pytest.fixture
+def in_chunks(monkeypatch):
+    """Whatever JAX runs on."""
+    monkeypatch.setattr(softmax, "has_kernel", lambda dim: False)
+
+
 @pytest.fixture(params=["chunks", "kernel"])
 def form(request, monkeypatch, interpreted):
     """The softmax in either of its forms."""
@@ -127,10 +133,10 @@ def test_sampled_softmax_is_the_cross_entropy_over_target_and_negatives(junk):
         )
 
 
-@pytest.mark.usefixtures("form")
-@pytest.mark.parametrize("tile", [None, 3])
-def test_a_historys_own_items_compete_once_each(monkeypatch, tile):
+@pytest.mark.parametrize(("kernel", "tile"), [(False, None), (False, 3), (True, None)])
+def test_a_historys_own_items_compete_once_each(monkeypatch, interpreted, kernel, tile):
     """Two histories in one row, with an item met twice, one that is also drawn, and targets met before."""
+    monkeypatch.setattr(softmax, "has_kernel", lambda dim: kernel)
     if tile:
         monkeypatch.setattr(softmax, "MANY_COLUMNS", tile)
         monkeypatch.setitem(softmax.TILE_COLUMNS, jax.default_backend(), tile)
@@ -164,7 +170,7 @@ def test_pairwise_losses_follow_their_formula(kind):
     assert_matches(lambda h, i: loss(h, TARGETS, drawn, i), lambda h, i: pair_oracle(h, i, drawn, kind), *arrays())
 
 
-@pytest.mark.usefixtures("form")
+@pytest.mark.usefixtures("in_chunks")
 @pytest.mark.parametrize(("chunk", "tile"), [(3, None), (100, None), (4, 5), (11, 8)])
 def test_chunks_and_tiles_that_do_not_divide_change_nothing(monkeypatch, chunk, tile):
     monkeypatch.setattr(softmax, "chunk_rows", lambda columns: chunk)
@@ -174,7 +180,7 @@ def test_chunks_and_tiles_that_do_not_divide_change_nothing(monkeypatch, chunk, 
     assert_matches(lambda h, i: full(h, i), full_oracle, *arrays(1))
 
 
-@pytest.mark.usefixtures("form")
+@pytest.mark.usefixtures("in_chunks")
 @pytest.mark.parametrize("bound", [30.0, 45.0, 90.0, 115.0, 125.0, 140.0, 149.0, 160.0, 400.0, 2000.0])
 def test_nothing_of_the_sum_is_lost_below_a_bound_that_no_score_reaches(bound):
     """One column is long and not where the state points, the target scores 10 and 12,000 others -1 to 1: a third of the
