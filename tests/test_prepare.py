@@ -107,7 +107,8 @@ def test_nothing_to_learn_from(tmp_path):
         prepare(config(path, min_user=9), tmp_path / "cache")
     with pytest.raises(UserError, match="a single item, 'a'"):
         prepare(config(csv(tmp_path, [("u", "a", 1), ("v", "a", 2)])), tmp_path / "cache")
-    with pytest.raises(UserError, match="none of its 1 rows is left"):
+    said = "none of its 1 rows is left.*data.min_item=0; 1 rows: empty item_id, as in line 2: 'u,,1'$"
+    with pytest.raises(UserError, match=said):
         prepare(config(csv(tmp_path, [("u", "", 1)]), on_bad_row="drop"), tmp_path / "cache")
 
 

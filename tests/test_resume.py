@@ -214,6 +214,11 @@ def test_checkpoints_of_named_epochs_stay_and_a_resumed_run_has_the_same(uninter
     assert all(last[name].tobytes() == last_plain[name].tobytes() for name in last)  # keeping changes no step
 
 
+def test_an_epoch_that_the_steps_do_not_reach_is_told(cache, tmp_path, caplog):
+    assert main(flags(cache, tmp_path, train__keep_epochs="1,2", train__max_steps=7)) == 0
+    assert "train.keep_epochs=2 is never reached: the run ends at step 7" in caplog.text
+
+
 def test_more_epochs_continue_a_finished_run(uninterrupted, cache, tmp_path):
     assert main(flags(cache, tmp_path, train__max_epochs=2)) == 0
     assert main(flags(cache, tmp_path, train__max_epochs=3)) == 0
