@@ -119,8 +119,9 @@ class Block(nn.Module):
             """[R, L, H, W] of each name, in one product."""
             linear = [Linear(config.dim, self.init, name=name)(x_NxD.shape[-1]) for name in names]
             kernel, bias = (jnp.concatenate(parts, axis=-1).astype(dtype) for parts in zip(*linear, strict=True))
-            joined = (x_NxD.astype(dtype) @ kernel + bias).reshape(rows, length, len(names), heads, width)
-            return [joined[:, :, place] for place in range(len(names))]
+            # Split, not indexed, so that their gradients are joined, not each padded and all added.
+            parts = jnp.split(x_NxD.astype(dtype) @ kernel + bias, len(names), axis=1)
+            return [part.reshape(rows, length, heads, width) for part in parts]
 
         if config.norm == "query":
             inputs = (*project(source, "query"), *project(others, "key", "value"))

@@ -63,11 +63,9 @@ def chunk_rows(columns: int) -> int:
 
 
 def real_first(real_N: jax.Array, chunk: int) -> jax.Array:
-    """Places of the real rows, then of the others; then N (no row) up to whole chunks, because dynamic_slice would
-    clamp a last partial one.
-    """
-    order = jnp.argsort(~real_N, stable=True)
-    return jnp.concatenate([order, jnp.full(-len(real_N) % chunk, len(real_N), order.dtype)])
+    """Places of the real rows, then N (no row) up to whole chunks: dynamic_slice would clamp a last partial one."""
+    rows = len(real_N)
+    return jnp.pad(jnp.sort(jnp.where(real_N, jnp.arange(rows), rows)), (0, -rows % chunk), constant_values=rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -146,7 +144,6 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
     highest_bias = jax.lax.pmax(column_bias_C.max(), "model")
     width = tile_columns(columns)
     tiles = -(-columns // width)
-    wide_CxO = _wide(columns_CxD) if tiles == 1 else None
 
     def add_chunk(index, sums):
         total, d_hidden, d_positive, d_columns, d_others = sums
@@ -159,17 +156,16 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
         least_M = jnp.maximum(score_M, others_M)
 
         def tile(number, top_M):
-            """(first column, [T, O] as _wide makes it, logits − top [M, T]) of a tile of columns."""
+            """(first column, columns [T, D], logits − top [M, T]) of a tile of columns."""
             begin = jnp.minimum(number * width, columns - width)
             part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=begin, slice_size=width)
             columns_TxD, bias_T = part(columns_CxD), part(column_bias_C)
             if columns % width:  # the last tile overlaps the one before, whose columns it leaves out
                 bias_T = jnp.where(begin + jnp.arange(width) >= number * width, bias_T, -jnp.inf)
-            wide_TxO = _wide(columns_TxD) if tiles > 1 else wide_CxO
             found_MxT = hidden_MxD @ columns_TxD.T + bias_T - top_M[:, None]
             if column_ids_C is not None:
                 found_MxT = jnp.where(part(column_ids_C) == target_M[:, None], -jnp.inf, found_MxT)
-            return begin, wide_TxO, found_MxT
+            return begin, columns_TxD, found_MxT
 
         def maximum():
             zero_M = jnp.zeros_like(least_M)
@@ -184,16 +180,16 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
         top_M = jax.lax.cond(((bound_M < SAFE) | near_M | ~real_M).all(), lambda: shift_M, maximum)
 
         def mixed(number):
-            _, wide_TxO, found_MxT = tile(number, top_M)
-            return jnp.exp(found_MxT) @ wide_TxO
+            _, columns_TxD, found_MxT = tile(number, top_M)
+            exp_MxT = jnp.exp(found_MxT)
+            return exp_MxT @ columns_TxD, exp_MxT.sum(axis=1), exp_MxT
 
         if tiles == 1:
-            exp_MxC = jnp.exp(tile(0, top_M)[2])
-            mixed_MxO = exp_MxC @ wide_CxO
+            *parts, exp_MxC = mixed(0)
         else:
-            mixed_MxO = jax.lax.fori_loop(1, tiles, lambda number, sum_MxO: sum_MxO + mixed(number), mixed(0))
-        mixed_MxO = _summed(mixed_MxO, "model")
-        pull_MxD, sum_M = mixed_MxO[:, : hidden_MxD.shape[1]], mixed_MxO[:, -1]
+            add = lambda number, parts: jax.tree.map(jnp.add, parts, mixed(number)[:2])  # noqa: E731
+            parts = jax.lax.fori_loop(1, tiles, add, mixed(0)[:2])
+        pull_MxD, sum_M = _summed(parts, "model")
         joins_M = 0.0 if column_ids_C is None else jnp.exp(score_M - top_M)
         besides_M = 0.0 if others_N is None else jnp.exp(others_M - top_M)
         sum_M += joins_M + besides_M
@@ -224,11 +220,6 @@ def _walk(hidden_NxD, positive_NxD, columns_CxD, others_N, column_bias_C, target
     total, d_hidden, d_positive, d_columns_DxC, d_others = sums
     total, count, d_columns_DxC = _summed((total, count, d_columns_DxC), "data")
     return total, count, d_hidden, d_positive, d_columns_DxC.T, d_others
-
-
-def _wide(columns_TxD):
-    """[T, D + 1]: columns and ones, with which a product sums as well."""
-    return jnp.pad(columns_TxD, ((0, 0), (0, 1)), constant_values=1)
 
 
 def _summed(tree, axis: str):
