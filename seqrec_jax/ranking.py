@@ -127,7 +127,8 @@ def metrics(greater_U: np.ndarray, tied_U: np.ndarray, missed_U: np.ndarray) -> 
 
     With g candidates above and e tied, the rank is uniform on g + 1 .. g + e + 1. A missed target scores 0.
     """
-    greater_U, tied_U = greater_U.astype(np.int64), tied_U.astype(np.int64)
+    order = np.lexsort((missed_U, tied_U, greater_U))  # so that sums do not depend on how users were batched
+    greater_U, tied_U, missed_U = greater_U[order].astype(np.int64), tied_U[order].astype(np.int64), missed_U[order]
     last = int((greater_U + tied_U).max(initial=0)) + 1
     ranks = np.arange(1, max(last, max(CUTOFFS)) + 1)
     gains = {"ndcg": np.cumsum(1 / np.log2(ranks + 1)), "mrr": np.cumsum(1 / ranks), "hr": ranks.astype(np.float64)}

@@ -204,7 +204,7 @@ def test_a_block_equals_its_formula(name, activation, share):
     p = parameters(config)["encoder"]["block_0"]
     x = np.random.default_rng(2).normal(size=(LENGTH, DIM))
     visible = np.tril(np.ones((LENGTH, LENGTH), bool))
-    model = transformer.Block(config, transformer.initializer(config))
+    model = transformer.Block(config)
     found = jax.jit(lambda x: model.apply({"params": p}, x, visible[None], None, 0.0))(x[None].astype(np.float32))
     wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), p)
     np.testing.assert_allclose(found[0], block(x, wide, config, visible), rtol=1e-4, atol=1e-5)

@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from seqrec_jax.data.batches import Batch, cells, position_ids
@@ -82,11 +83,10 @@ class Linear(nn.Module):
     """Kernel and bias of a nn.Dense, without its product."""
 
     width: int
-    init: Any
 
     @nn.compact
     def __call__(self, inputs: int):
-        kernel = self.param("kernel", self.init, (inputs, self.width))
+        kernel = self.param("kernel", nn.initializers.zeros, (inputs, self.width))
         return kernel, self.param("bias", nn.initializers.zeros, (self.width,))
 
 
@@ -100,14 +100,13 @@ class Block(nn.Module):
     """
 
     config: Any  # config.encoder, frozen
-    init: Any
 
     @nn.compact
     def __call__(self, x_NxD, visible_RxLxL, key, rate, cells_U=None):
         # Cells lie flat, N = R * L: XLA's CPU backend copies a three-dimensional operand of a weight's gradient.
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         norm = lambda name: nn.LayerNorm(config.norm_epsilon, dtype=jnp.float32, name=name)  # noqa: E731
-        dense = lambda width, name: nn.Dense(width, kernel_init=self.init, dtype=dtype, name=name)  # noqa: E731
+        dense = lambda width, name: nn.Dense(width, kernel_init=nn.initializers.zeros, dtype=dtype, name=name)  # noqa: E731
         keys = (None,) * 4 if key is None else jax.random.split(key, 4)
         heads, width = config.heads, config.dim // config.heads
         rows, length, _ = visible_RxLxL.shape
@@ -117,10 +116,10 @@ class Block(nn.Module):
 
         def project(x_NxD, *names):
             """[R, L, H, W] of each name, in one product."""
-            linear = [Linear(config.dim, self.init, name=name)(x_NxD.shape[-1]) for name in names]
+            linear = [Linear(config.dim, name=name)(x_NxD.shape[-1]) for name in names]
             kernel, bias = (jnp.concatenate(parts, axis=-1).astype(dtype) for parts in zip(*linear, strict=True))
             # Split, not indexed, so that their gradients are joined, not each padded and all added.
-            parts = jnp.split(x_NxD.astype(dtype) @ kernel + bias, len(names), axis=1)
+            parts = jnp.split(x_NxD.astype(dtype) @ kernel + bias, len(names), axis=-1)
             return [part.reshape(rows, length, heads, width) for part in parts]
 
         if config.norm == "query":
@@ -152,7 +151,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embeddings in, states out; the item table lives outside, because the output is tied to it."""
+    """Embeddings in, states out; the item table lives outside, because the output is tied to it. `init` draws the
+    matrices, which are zero here.
+    """
 
     config: Any
     causal: bool = True
@@ -160,10 +161,10 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, embedded_RxLxD, positions_RxL, segments_RxL, key, embedding_rate, hidden_rate, cells_U=None):
         config = self.config
-        init = initializer(config)
         norm = lambda name: nn.LayerNorm(config.norm_epsilon, dtype=jnp.float32, name=name)  # noqa: E731
         keys = [None] * (config.layers + 1) if key is None else jax.random.split(key, config.layers + 1)
-        positions = self.param("positions", init, (config.max_length + config.user_token, config.dim))
+        cells = config.max_length + config.user_token
+        positions = self.param("positions", nn.initializers.zeros, (cells, config.dim))
         x = embedded_RxLxD * (config.dim**0.5 if config.scale_embedding else 1.0) + positions[positions_RxL]
         x = norm("norm_input")(x) if config.input_norm else x
         x = dropout(keys[0], x, embedding_rate).astype(config.dtype).reshape(-1, config.dim)
@@ -172,7 +173,7 @@ class Transformer(nn.Module):
             visible &= jnp.tril(jnp.ones((visible.shape[1],) * 2, bool))
         for layer in range(config.layers):
             wanted_U = cells_U if layer == config.layers - 1 else None
-            x = Block(config, init, name=f"block_{layer}")(x, visible, keys[layer + 1], hidden_rate, wanted_U)
+            x = Block(config, name=f"block_{layer}")(x, visible, keys[layer + 1], hidden_rate, wanted_U)
         x = norm("norm_output")(x) if config.final_norm else x
         return x.astype(jnp.float32).reshape(embedded_RxLxD.shape if cells_U is None else x.shape)
 
@@ -183,6 +184,17 @@ def initializer(config: ConfigDict):
         return jax.nn.initializers.normal(config.init_scale)
     scale = config.init_scale
     return lambda key, shape, dtype=jnp.float32: scale * jax.random.truncated_normal(key, -1.0, 1.0, shape, dtype)
+
+
+def drawn(key: jax.Array, params: dict, config: ConfigDict) -> dict:
+    """`params` with new matrices, all from one vector: a draw for each takes eight times as long to compile."""
+    leaves, structure = jax.tree.flatten(params)
+    places = [place for place, leaf in enumerate(leaves) if leaf.ndim == 2]
+    ends = np.cumsum([leaves[place].size for place in places])
+    parts = jnp.split(settled(initializer(config)(key, (ends[-1],))), ends[:-1])
+    for place, part in zip(places, parts, strict=True):
+        leaves[place] = part.reshape(leaves[place].shape)
+    return jax.tree.unflatten(structure, leaves)
 
 
 def table_rows(num_items: int) -> int:
@@ -197,6 +209,7 @@ def init(key: jax.Array, config: ConfigDict, num_items: int, *, causal: bool = T
     zeros = jnp.zeros((1, config.max_length), jnp.int32)
     embedded = jnp.zeros((1, config.max_length, config.dim))
     encoder = Transformer(config, causal).init(key_encoder, embedded, zeros, zeros, None, 0.0, 0.0)["params"]
+    encoder = drawn(jax.random.fold_in(key_encoder, 1), encoder, config)
     if config.user_token:
         encoder |= {"user_token": initializer(config)(jax.random.fold_in(key_encoder, 0), (config.dim,))}
     return {"items": items_VxD, "encoder": encoder}
