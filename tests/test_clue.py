@@ -338,16 +338,17 @@ def pretrained(variant, cache_dir):
     return float(sums["above_minimum"]) / 10, np.exp(-(share_D * np.log(share_D + 1e-12)).sum())
 
 
-def test_users_keep_their_dimensions_and_lose_them_in_both_ablations(tmp_path):
+@pytest.mark.parametrize("ablation", ["", "no_stop_gradient", pytest.param("no_predictor", marks=pytest.mark.slow)])
+def test_users_keep_their_dimensions_and_lose_them_in_both_ablations(tmp_path, ablation):
     """The configuration as it is, on the embedded data: the ablations leave the loss at -1 and the users on a line.
 
     Their projections stay apart, because batch normalisation enlarges the one direction that is left.
     """
-    distance, rank = pretrained("", tmp_path)
-    assert distance > 0.02 and rank > 5
-    for ablation in ("no_stop_gradient", "no_predictor"):
-        distance, rank = pretrained(ablation, tmp_path)
+    distance, rank = pretrained(ablation, tmp_path)
+    if ablation:
         assert distance < 0.01 and rank < 2.5
+    else:
+        assert distance > 0.02 and rank > 5
 
 
 # What is refused ------------------------------------------------------------------------------------------------------

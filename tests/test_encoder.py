@@ -250,6 +250,8 @@ def test_tables_and_kernels_start_within_their_bounds(init, bound, spread):
     drawn = [params["items"], params["encoder"]["positions"], block["query"]["kernel"], block["inner"]["kernel"]]
     assert all(np.abs(x).max() <= bound * 0.5 for x in drawn)
     assert np.std(params["items"]) == pytest.approx(spread * 0.5, rel=0.03)
+    entries = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params["encoder"]) if leaf.ndim == 2])
+    assert np.std(entries) == pytest.approx(spread * 0.5, rel=0.1) and len(np.unique(entries)) == len(entries)
     assert not block["query"]["bias"].any() and (block["norm_ffn"]["scale"] == 1).all()
     assert not np.array_equal(block["query"]["kernel"], params["encoder"]["block_0"]["query"]["kernel"])
 

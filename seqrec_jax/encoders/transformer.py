@@ -163,8 +163,8 @@ class Transformer(nn.Module):
         config = self.config
         norm = lambda name: nn.LayerNorm(config.norm_epsilon, dtype=jnp.float32, name=name)  # noqa: E731
         keys = [None] * (config.layers + 1) if key is None else jax.random.split(key, config.layers + 1)
-        cells = config.max_length + config.user_token
-        positions = self.param("positions", nn.initializers.zeros, (cells, config.dim))
+        places = config.max_length + config.user_token
+        positions = self.param("positions", nn.initializers.zeros, (places, config.dim))
         x = embedded_RxLxD * (config.dim**0.5 if config.scale_embedding else 1.0) + positions[positions_RxL]
         x = norm("norm_input")(x) if config.input_norm else x
         x = dropout(keys[0], x, embedding_rate).astype(config.dtype).reshape(-1, config.dim)
@@ -187,7 +187,7 @@ def initializer(config: ConfigDict):
 
 
 def drawn(key: jax.Array, params: dict, config: ConfigDict) -> dict:
-    """`params` with new matrices, all from one vector: a draw for each takes eight times as long to compile."""
+    """`params` with new matrices, all from one vector: a draw for each takes twice as long to compile."""
     leaves, structure = jax.tree.flatten(params)
     places = [place for place, leaf in enumerate(leaves) if leaf.ndim == 2]
     ends = np.cumsum([leaves[place].size for place in places])
