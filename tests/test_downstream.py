@@ -239,6 +239,7 @@ def test_profile_in_folds_that_resume(pretrained, tmp_path, capsys):
     assert json.loads((tmp_path / "results.json").read_text())["test"] == results["test"]
 
 
+@pytest.mark.slow
 def test_a_profile_reads_the_vectors_of_a_file(pretrained, tmp_path, capsys):
     """--mode=embed to profile.vectors: the linear probe of that encoder, as freeze_encoder makes it."""
     folder, path = tmp_path / "vectors", tmp_path / "users.parquet"

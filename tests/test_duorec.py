@@ -186,7 +186,7 @@ def encodings_of(dataset, config, params, actions, lengths):
     return transformer.last_states(encode(params, rows, FrozenConfigDict(config.encoder)), rows)
 
 
-@pytest.mark.parametrize("positions", ["left", "right"])
+@pytest.mark.parametrize("positions", [pytest.param("left", marks=pytest.mark.slow), "right"])
 def test_packed_prefixes_are_encoded_like_rows_of_their_own(positions):
     dataset = random_dataset()
     config, system, _ = tiny(dataset, encoder__positions=positions)

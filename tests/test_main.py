@@ -85,8 +85,16 @@ def odd(cache, tmp_path_factory):
     [
         ("pop", {}),
         ("sasrec", {"loss__next_item": "full"}),
-        ("sasrec", {"loss__next_item": "bce", "train__targets": "windows", "encoder__max_length": 8}),
-        ("sasrec_aug", {"loss__next_item": "bpr", "train__targets": "prefix", "report__baselines": "pop"}),
+        pytest.param(
+            "sasrec",
+            {"loss__next_item": "bce", "train__targets": "windows", "encoder__max_length": 8},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "sasrec_aug",
+            {"loss__next_item": "bpr", "train__targets": "prefix", "report__baselines": "pop"},
+            marks=pytest.mark.slow,
+        ),
         ("cl4srec", {"loss__next_item": "sampled"}),
     ],
     ids=["pop", "sasrec full all", "sasrec bce windows", "sasrec_aug bpr prefix", "cl4srec sampled all"],

@@ -176,6 +176,7 @@ def test_patience_continues_where_it_was(cache, tmp_path):
     assert (step, meta["best_step"], meta["waiting"]) == (15, 5, 2)
 
 
+@pytest.mark.slow
 def test_linear_schedule_and_warmup_continue(cache, tmp_path):
     falling = {"system": "sasrec", "train__schedule": "linear", "train__warmup_steps": 5, "train__max_epochs": 2}
     assert main(flags(cache, tmp_path / "whole", **falling)) == 0
@@ -196,6 +197,7 @@ def test_figures_at_every_validation_continue(cache, tmp_path):
     assert {"alignment", "uniformity", "item_cosine", "effective_rank"} <= last.keys() and last["kind"] == "valid"
 
 
+@pytest.mark.slow
 def test_checkpoints_of_named_epochs_stay_and_a_resumed_run_has_the_same(uninterrupted, cache, tmp_path):
     kept = {"train__keep_epochs": "1,2", "eval__every": 7, "train__save_every": 7}  # no epoch ends with a validation
     assert main(flags(cache, tmp_path / "whole", **kept)) == 0
