@@ -166,3 +166,12 @@ def test_many_parts_equal_brute_force(block, monkeypatch):
     states, items, targets, histories = case()
     found = ranking.count_better(states, items, targets, ITEMS, hidden_of(histories), block)
     assert [x.tolist() for x in found] == brute_counts(states, items, targets, histories)
+
+
+def test_metrics_are_the_same_number_in_any_order_of_the_users():
+    random = np.random.default_rng(0)
+    counts = random.integers(0, 300, 999), random.integers(0, 3, 999), random.random(999) < 0.1
+    expected = ranking.metrics(*counts)
+    for _ in range(5):
+        order = random.permutation(999)
+        assert ranking.metrics(*(count_U[order] for count_U in counts)) == expected
