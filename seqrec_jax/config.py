@@ -222,6 +222,11 @@ def default_workdir(config: ConfigDict) -> Path:
     return Path("runs", "-".join(filter(None, (config.name, config.data.name, config_hash(config)[:8]))))
 
 
+def cache_dir(config: ConfigDict, workdir: Path) -> Path:
+    """Where prepared data and, unless JAX_COMPILATION_CACHE_DIR names another place, compiled programs are kept."""
+    return Path(config.data.cache_dir).expanduser() if config.data.cache_dir else workdir.parent / ".cache"
+
+
 def _import(path: Path) -> ModuleType:
     """Runs a configuration file; wherever it lies, `from configs import base` finds ours."""
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)

@@ -6,12 +6,14 @@ command to continue.
 
 import gc
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from seqrec_jax.config import parse_arguments
+from seqrec_jax import native
+from seqrec_jax.config import cache_dir, parse_arguments
 from seqrec_jax.errors import RunFailed, UserError
 
 STOPPED = 75
@@ -40,6 +42,10 @@ def run(argv: Sequence[str]) -> int:
         compare(arguments.workdirs, arguments.out, force=arguments.force)
         return 0
     config, workdir = arguments.config, arguments.workdir
+    cache = cache_dir(config, workdir)
+    programs = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str((cache / "programs").absolute())
+    if arguments.mode == "train":
+        native.start(programs)  # while the rest is loaded
 
     import jax
 
@@ -62,9 +68,7 @@ def run(argv: Sequence[str]) -> int:
                 "mpirun, or leave it out: one process uses all devices of its machine"
             ) from error
     validate(config, jax.device_count())
-    if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR
-        programs = runs.cache_dir(config, workdir) / "programs"
-        jax.config.update("jax_compilation_cache_dir", str(programs.absolute()))
+    jax.config.update("jax_compilation_cache_dir", programs)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if arguments.mode == "evaluate":
@@ -72,7 +76,7 @@ def run(argv: Sequence[str]) -> int:
     elif arguments.mode == "embed":
         from seqrec_jax.embed import embed
 
-        embed(config, workdir, arguments.embed, arguments.histories, runs.cache_dir(config, workdir), arguments.out)
+        embed(config, workdir, arguments.embed, arguments.histories, cache, arguments.out)
     elif arguments.mode == "recommend":
         hide = protocol_of(config).hide_history == "yes"
         recommender = load(workdir)

@@ -3,6 +3,7 @@
 Without a compiler XLA does its work, the same in more passes over memory; a warning says so.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -29,43 +30,44 @@ def start(folder: str) -> tuple[Path, subprocess.Popen | str | None]:
     file = Path(folder, f"softmax-{digest[:32]}.so")
     if is_own(file):
         return file, None
+    part = str(file.with_name(f"{file.name}.{os.getpid()}.part"))
     headers = Path(importlib.util.find_spec("jaxlib").origin).parent / "include"
+    compiling = shlex.join([*compiler, *OPTIONS, f"-I{headers}", str(SOURCE), "-lm", "-o", part])
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        return file, subprocess.Popen(
-            [*compiler, *OPTIONS, f"-I{headers}", str(SOURCE), "-o", str(_part(file))],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        script = f"{compiling} && mv {shlex.join([part, str(file)])}"  # ends well though this process may not
+        quiet = subprocess.DEVNULL
+        return file, subprocess.Popen(script, shell=True, stdin=quiet, stdout=quiet, stderr=subprocess.PIPE, text=True)
     except OSError as error:
         return file, str(error)
 
 
 @functools.cache
 def softmax() -> str | None:
-    """The name under which XLA finds the kernel, or None: this machine has no C compiler."""
+    """The name under which XLA knows the kernel, or None: this machine does not compile it."""
     import jax
 
-    folder = jax.config.jax_compilation_cache_dir
-    if not folder or "://" in folder:
-        folder = tempfile.mkdtemp(prefix="seqrec-")
-    file, work = start(folder)
-    try:
+    with contextlib.ExitStack() as stack:
+        folder = jax.config.jax_compilation_cache_dir
+        if not folder or "://" in folder:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="seqrec-"))
+        file, work = start(folder)
         if isinstance(work, subprocess.Popen):
             _, said = work.communicate()
-            work = f"{work.args[0]}: {said.strip()[-500:]}" if work.returncode else os.replace(_part(file), file)
-        if work:
-            raise OSError(work)
-        handler = jax.ffi.pycapsule(ctypes.CDLL(str(file)).softmax)
-    except OSError as error:
-        log.warning("no C compiler for the softmax's kernel, XLA does its work (training takes longer): %s", error)
-        return None
+            work = said.strip()[-500:] if work.returncode else None
+        try:
+            if work:
+                raise OSError(work)
+            handler = jax.ffi.pycapsule(ctypes.CDLL(str(file)).softmax)
+        except OSError as error:
+            log.warning(
+                "the softmax's kernel cannot be compiled, so XLA does its work and training takes longer (a C compiler "
+                "named cc, or by the variable CC, would help): %s", error,
+            )  # fmt: skip
+            return None
     name = f"seqrec_jax_{file.stem}"
     jax.ffi.register_ffi_target(name, handler, platform="cpu")
     return name
-
-
-def _part(file: Path) -> Path:
-    return file.with_name(f"{file.name}.{os.getpid()}.part")
 
 
 def is_own(file: Path) -> bool:

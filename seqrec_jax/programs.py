@@ -23,6 +23,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from seqrec_jax import native
 from seqrec_jax.config import config_hash
 from seqrec_jax.systems import System
 
@@ -61,7 +62,7 @@ def compiling(name: str, lower: Callable[[], jax.stages.Lowered], arguments: tup
     """
     began = time.perf_counter()
     pointer = kept and kept.folder / f"{_stem(name)}-{_digest(kept.source, *_shapes(arguments))}.name"
-    lowered = None if pointer and _is_own(pointer) else lower()
+    lowered = None if pointer and native.is_own(pointer) else lower()
 
     def program():
         if lowered is None:
@@ -135,13 +136,8 @@ def _stem(name: str) -> str:
     return name.replace(" ", "_")
 
 
-def _is_own(file: Path) -> bool:
-    """It is there, and this user's: what somebody else has written is not run."""
-    return file.is_file() and file.stat().st_uid == os.getuid()
-
-
 def _load(file: Path, kept: Kept):
-    if not _is_own(file):
+    if not native.is_own(file):
         return None
     try:
         payload, in_tree, out_tree = pickle.loads(file.read_bytes())
@@ -179,11 +175,10 @@ def _shapes(arguments) -> list[str]:
 def _machine(mesh: Mesh) -> str:
     devices = list(mesh.devices.flat)
     flags = sorted((name, str(value)) for name, value in jax.config.values.items() if "compilation_cache" not in name)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    processor = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    kernel = native.softmax() if devices[0].platform == "cpu" else None  # known to XLA before a program that calls it
     facts = (
-        devices[0].client.platform_version, devices, [device.device_kind for device in devices], flags, processor,
-        os.cpu_count(), [importlib.metadata.version(name) for name in VERSIONS],
+        devices[0].client.platform_version, devices, [device.device_kind for device in devices], flags, kernel,
+        native.processor(), os.cpu_count(), [importlib.metadata.version(name) for name in VERSIONS],
         [os.environ.get(name) for name in ENVIRONMENT],
     )  # fmt: skip
     return _digest(*map(str, facts))
@@ -191,7 +186,8 @@ def _machine(mesh: Mesh) -> str:
 
 def _package() -> str:
     folder = Path(__file__).parent
-    return _digest(*(f"{path.relative_to(folder)}\n{path.read_text()}" for path in sorted(folder.rglob("*.py"))))
+    files = sorted([*folder.rglob("*.py"), native.SOURCE])
+    return _digest(*(f"{path.relative_to(folder)}\n{path.read_text()}" for path in files))
 
 
 def _digest(*parts: str) -> str:

@@ -93,7 +93,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict:
 
 def _data(config, workdir) -> tuple[SequenceDataset, list[Task | None]]:
     """The data set and its tasks, one None where the run predicts the data's own items; one hash covers both."""
-    dataset = prepare(config.data, cache_dir(config, workdir))
+    dataset = prepare(config.data, configuration.cache_dir(config, workdir))
     if config.task not in TASKS:
         return dataset, [None]
     tasks = read_tasks(config, dataset)
@@ -123,11 +123,6 @@ def train_layout(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh, task:
         layout.steps, layout.rows, layout.width, 100 * examples.length_E.sum() / cells,
     )  # fmt: skip
     return layout
-
-
-def cache_dir(config: ConfigDict, workdir: Path) -> Path:
-    """Where prepared data and, unless JAX_COMPILATION_CACHE_DIR names another place, compiled programs are kept."""
-    return Path(config.data.cache_dir).expanduser() if config.data.cache_dir else workdir.parent / ".cache"
 
 
 def _finished(config, workdir, dataset) -> dict | None:

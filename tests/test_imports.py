@@ -12,7 +12,7 @@ PACKAGE = ROOT / "seqrec_jax"
 
 # Every module, without "seqrec_jax.": each may import only those before it.
 ORDER = [
-    "errors", "protocol", "user_conflicts", "validate", "config",
+    "errors", "protocol", "user_conflicts", "validate", "config", "native",
     "data.dataset", "data.tfds_interactions", "data.files", "data.rows", "data.tables", "data.sources",
     "data.synthetic", "data.attributes", "data.prepare", "data.splits", "data.labels", "data.cold_start",
     "data.histories", "data.vectors", "data.batches", "data.tasks", "data.prefixes", "data.same_target",
