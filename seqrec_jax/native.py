@@ -60,6 +60,8 @@ def softmax() -> str | None:
                 raise OSError(work)
             handler = jax.ffi.pycapsule(ctypes.CDLL(str(file)).softmax)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                file.unlink()  # the next start tries again
             log.warning(
                 "the softmax's kernel cannot be compiled, so XLA does its work and training takes longer (a C compiler "
                 "named cc, or by the variable CC, would help): %s", error,

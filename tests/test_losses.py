@@ -1,6 +1,10 @@
 """Losses and their gradients against float64 numpy: values by definition, gradients by central differences."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +12,14 @@ import numpy as np
 import pytest
 
 from configs.base import get_config
+from seqrec_jax import native
 from seqrec_jax.data import batches
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.losses import fused, negatives, next_item, softmax
 from seqrec_jax.losses.contrastive import info_nce
 from seqrec_jax.sharding import make_mesh
 
+ROOT = Path(__file__).resolve().parents[1]
 MESH = make_mesh(1, 1)
 
 ITEMS, ROWS, DIM = 13, 16, 3  # row 0 is padding, rows 14 and 15 are special
@@ -100,16 +106,28 @@ def interpreted(monkeypatch):
         monkeypatch.setattr(fused.pl, "pallas_call", functools.partial(fused.pl.pallas_call, interpret=True))
 
 
+def take_form(monkeypatch, form, tile=None):
+    """Lets the softmax be computed in one of its forms; with so many columns a tile, or none of them kept."""
+    monkeypatch.setattr(softmax, "has_kernel", lambda dim: form == "for a GPU")
+    if form != "for a CPU":
+        monkeypatch.setattr(native, "softmax", lambda: None)
+    elif jax.default_backend() != "cpu" or not native.softmax():
+        pytest.skip("needs a C compiler, and JAX on a CPU")
+    if tile:
+        monkeypatch.setattr(softmax, "MANY_COLUMNS", tile)
+        monkeypatch.setitem(softmax.TILE_COLUMNS, jax.default_backend(), tile)
+
+
 @pytest.fixture
 def in_chunks(monkeypatch):
     """Whatever JAX runs on."""
-    monkeypatch.setattr(softmax, "has_kernel", lambda dim: False)
+    take_form(monkeypatch, "chunks")
 
 
-@pytest.fixture(params=["chunks", "kernel"])
+@pytest.fixture(params=["chunks", "for a CPU", "for a GPU"])
 def form(request, monkeypatch, interpreted):
     """The softmax in either of its forms."""
-    monkeypatch.setattr(softmax, "has_kernel", lambda dim: request.param == "kernel")
+    take_form(monkeypatch, request.param)
 
 
 @pytest.mark.usefixtures("form")
@@ -133,13 +151,13 @@ def test_sampled_softmax_is_the_cross_entropy_over_target_and_negatives(junk):
         )
 
 
-@pytest.mark.parametrize(("kernel", "tile"), [(False, None), (False, 3), (True, None)])
-def test_a_historys_own_items_compete_once_each(monkeypatch, interpreted, kernel, tile):
+@pytest.mark.parametrize(
+    ("form", "tile"),
+    [("chunks", None), ("chunks", 3), ("for a CPU", None), ("for a CPU", 3), ("for a GPU", None)],
+)
+def test_a_historys_own_items_compete_once_each(monkeypatch, interpreted, form, tile):
     """Two histories in one row, with an item met twice, one that is also drawn, and targets met before."""
-    monkeypatch.setattr(softmax, "has_kernel", lambda dim: kernel)
-    if tile:
-        monkeypatch.setattr(softmax, "MANY_COLUMNS", tile)
-        monkeypatch.setitem(softmax.TILE_COLUMNS, jax.default_backend(), tile)
+    take_form(monkeypatch, form, tile)
     inputs = np.array([5, 3, 5, 7, 3, 9, 0, 7, 8, 1, 1, 13, 0, 3, 6, 6, 2])
     segments = np.array([1, 1, 1, 1, 1, 1, 0, 2, 2, 2, 2, 2, 0, 3, 3, 4, 4])
     histories = [
@@ -170,22 +188,20 @@ def test_pairwise_losses_follow_their_formula(kind):
     assert_matches(lambda h, i: loss(h, TARGETS, drawn, i), lambda h, i: pair_oracle(h, i, drawn, kind), *arrays())
 
 
-@pytest.mark.usefixtures("in_chunks")
 @pytest.mark.parametrize(("chunk", "tile"), [(3, None), (100, None), (4, 5), (11, 8)])
 def test_chunks_and_tiles_that_do_not_divide_change_nothing(monkeypatch, chunk, tile):
+    take_form(monkeypatch, "chunks", tile)
     monkeypatch.setattr(softmax, "chunk_rows", lambda columns: chunk)
-    if tile:
-        monkeypatch.setattr(softmax, "MANY_COLUMNS", tile)
-        monkeypatch.setitem(softmax.TILE_COLUMNS, jax.default_backend(), tile)
     assert_matches(lambda h, i: full(h, i), full_oracle, *arrays(1))
 
 
-@pytest.mark.usefixtures("in_chunks")
+@pytest.mark.parametrize("form", ["chunks", "for a CPU"])
 @pytest.mark.parametrize("bound", [30.0, 45.0, 90.0, 115.0, 125.0, 140.0, 149.0, 160.0, 400.0, 2000.0])
-def test_nothing_of_the_sum_is_lost_below_a_bound_that_no_score_reaches(bound):
+def test_nothing_of_the_sum_is_lost_below_a_bound_that_no_score_reaches(monkeypatch, form, bound):
     """One column is long and not where the state points, the target scores 10 and 12,000 others -1 to 1: a third of the
     sum. With bounds of 45 to 125 the shift is lower than the bound; with 140 and more it is the maximum.
     """
+    take_form(monkeypatch, form)
     columns, items = 12_101, np.zeros((12_160, 2), np.float32)
     items[1], items[2] = (0.0, bound), (10.0, 0.0)
     items[3:columns] = np.random.default_rng(0).uniform(-1, 1, (columns - 3, 2))
@@ -204,6 +220,82 @@ def test_nothing_of_the_sum_is_lost_below_a_bound_that_no_score_reaches(bound):
     wanted = share - (np.arange(columns - 1) == 1)
     np.testing.assert_allclose(d_hidden[0], wanted @ items[1:columns], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(d_items[1:columns, 0], wanted, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "made again"])
+@pytest.mark.parametrize(
+    ("rows", "real", "columns", "dim", "scale", "with_ids"),
+    [
+        (1_000, 1_000, 500, 64, 1.0, False),  # more blocks than are kept at once
+        (700, 65, 301, 10, 1.0, True),
+        (64, 64, 48, 16, 1.0, False),
+        (130, 129, 11, 100, 1.0, True),
+        (200, 150, 333, 20, 30.0, True),  # maxima are sought
+        (70, 0, 50, 64, 1.0, False),
+    ],
+)
+def test_the_cpus_kernel_is_the_softmax(monkeypatch, kept, rows, real, columns, dim, scale, with_ids):
+    """Rows that are not real, wherever they are, columns that do not divide, entries that are no whole vector."""
+    take_form(monkeypatch, "for a CPU", None if kept else 1)
+    generator = np.random.default_rng(0)
+    hidden, table = scale * generator.normal(size=(rows, dim)), generator.normal(size=(columns, dim)) / dim**0.5
+    bias, ids = generator.normal(size=columns), generator.integers(1, 9, columns)
+    bias[columns // 2] = -np.inf
+    targets = np.zeros(rows, int)
+    targets[generator.permutation(rows)[:real]] = generator.integers(1, 9, real) if with_ids else 3
+    positive = table[targets]
+    options = {"column_ids_C": jnp.asarray(ids)} if with_ids else {}
+    loss = jax.jit(
+        jax.value_and_grad(lambda *x: softmax.softmax_loss(*x, bias, jnp.asarray(targets), MESH, **options), (0, 1, 2))
+    )
+    value, gradients = loss(*(jnp.asarray(x, jnp.float32) for x in (hidden, positive, table)))
+    logits, score = hidden @ table.T + bias, (hidden * positive).sum(axis=1, keepdims=True)
+    if with_ids:
+        logits = np.hstack([np.where(ids == targets[:, None], -np.inf, logits), score])
+    top = logits.max(axis=1, keepdims=True)
+    total = np.exp(logits - top).sum(axis=1, keepdims=True)
+    counts = (targets > 0)[:, None] / max(real, 1)
+    np.testing.assert_allclose(value, ((np.log(total) + top - score) * counts).sum(), rtol=2e-6, atol=1e-7)
+    shares = np.exp(logits - top) / total * counts
+    push = (shares[:, -1:] if with_ids else 0) - counts
+    shares = shares[:, :columns]
+    for found, wanted in zip(
+        gradients, (shares @ table + push * positive, push * hidden, shares.T @ hidden), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6 * scale)
+
+
+def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
+    take_form(monkeypatch, "for a CPU")
+    code = """
+import hashlib, jax, numpy as np
+from seqrec_jax.losses.next_item import full_softmax
+from seqrec_jax.sharding import make_mesh
+generator = np.random.default_rng(0)
+hidden, items = (generator.normal(size=(rows, 64)).astype("f") for rows in (1_000, 900))
+loss = lambda h, i: full_softmax(h, np.arange(1_000) % 800, i, 898, make_mesh(1, 1))
+found = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, items)
+print(hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(found))).hexdigest())
+"""
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PJRT_NPROC": threads},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout  # fmt: skip
+        for threads in ("1", "2", "5")
+    ]
+    assert len(said[0]) == 65 and len(set(said)) == 1
+
+
+@pytest.mark.usefixtures("form")
+def test_a_column_that_is_not_a_number_shows_in_the_loss():
+    hidden, items = arrays()
+    items[4] = np.nan  # no target
+    assert np.isnan(full(jnp.asarray(hidden), jnp.asarray(items)))
 
 
 @pytest.mark.parametrize(
