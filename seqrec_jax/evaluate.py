@@ -64,7 +64,8 @@ class Evaluator:
             end_U = jnp.where(batch.users_U >= 0, end_U, begin_U)
             hidden = ranking.Hidden(arrays["items_A"], arrays["first_A"], begin_U, end_U)
         block = max(BLOCK_SCORES // len(target_U), 1024)
-        counts = ranking.count_better(states_UxD, params["items"], target_U, self.num_items, hidden, block)
+        alone = self.mesh.size == 1
+        counts = ranking.count_better(states_UxD, params["items"], target_U, self.num_items, hidden, block, alone=alone)
         return batch.users_U, *counts
 
 

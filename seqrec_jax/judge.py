@@ -59,7 +59,8 @@ def _step(states, classes, ranks, mesh, params, items_A, class_E, layout, plan, 
     users_UxD, class_U = with_bias(states(params, batch)), class_E[jnp.maximum(batch.users_U, 0)]
     if ranks:
         block = max(BLOCK_SCORES // len(class_U), 1024)
-        found = ranking.count_better(users_UxD, params["head"], class_U, classes, None, block)[:2]
+        alone = mesh.size == 1
+        found = ranking.count_better(users_UxD, params["head"], class_U, classes, None, block, alone=alone)[:2]
     else:
         scores_UxC = jnp.matmul(users_UxD, params["head"].T, precision=jax.lax.Precision.HIGHEST)
         found = (1 + scores_UxC[:, 1 : classes + 1].argmax(axis=1),)

@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
     config, workdir = arguments.config, arguments.workdir
     cache = cache_dir(config, workdir)
     programs = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str((cache / "programs").absolute())
-    if arguments.mode == "train":
+    if arguments.mode == "train" and "://" not in programs:
         native.start(programs)  # while the rest is loaded
 
     import jax

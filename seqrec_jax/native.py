@@ -1,6 +1,6 @@
-"""The softmax's kernel for a CPU (losses/softmax.c): compiled by this machine's C compiler, kept beside the programs.
+"""Kernels for a CPU (kernels/*.c): compiled by this machine's own C compiler, and kept beside the compiled programs.
 
-Without a compiler XLA does its work, the same in more passes over memory; a warning says so.
+Without a compiler XLA does their work, the same in more passes over memory; a warning says so.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import platform
+import secrets
 import shlex
 import subprocess
 import tempfile
@@ -18,58 +19,73 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).parent / "losses" / "softmax.c"
-OPTIONS = ("-O3", "-march=native", "-shared", "-fPIC")
+SOURCES = sorted((Path(__file__).parent / "kernels").glob("*.[ch]"))
+NAMES = [path.stem for path in SOURCES if path.suffix == ".c"]
+OPTIONS = (
+    "-O3", "-shared", "-fPIC",
+    # Vectors are written out. A sum of products is one of fused operations, in its order, wherever it is made.
+    "-ffp-contract=fast", "-fno-tree-vectorize",
+    # ARM's need no option, and not all of its compilers take this one.
+    *(() if platform.machine() in ("aarch64", "arm64") else ("-march=native",)),
+)  # fmt: skip
 
 
 @functools.cache
 def start(folder: str) -> tuple[Path, subprocess.Popen | str | None]:
     """Begins to compile into `folder`, unless that is done. Returns the file, and who makes it or why nobody can."""
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    digest = hashlib.sha256("\0".join([SOURCE.read_text(), *compiler, *OPTIONS, *processor()]).encode()).hexdigest()
-    file = Path(folder, f"softmax-{digest[:32]}.so")
+    headers = Path(importlib.util.find_spec("jaxlib").origin).parent / "include"
+    compiler = os.environ.get("CC", "cc")
+    texts = [path.read_text() for path in (*SOURCES, headers / "xla" / "ffi" / "api" / "c_api.h")]
+    digest = hashlib.sha256("\0".join([*texts, compiler, *OPTIONS, *processor()]).encode()).hexdigest()
+    file = Path(folder, f"kernels-{digest[:32]}.so")
     if is_own(file):
         return file, None
-    part = str(file.with_name(f"{file.name}.{os.getpid()}.part"))
-    headers = Path(importlib.util.find_spec("jaxlib").origin).parent / "include"
-    compiling = shlex.join([*compiler, *OPTIONS, f"-I{headers}", str(SOURCE), "-lm", "-o", part])
+    part = str(file.with_name(f"{file.name}.{secrets.token_hex(4)}.part"))
+    files = [str(path) for path in SOURCES if path.suffix == ".c"]
+    arguments = shlex.join([*OPTIONS, f"-I{headers}", *files, "-lm", "-o", part])
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        script = f"{compiling} && mv {shlex.join([part, str(file)])}"  # ends well though this process may not
+        script = f"{compiler} {arguments} && mv {shlex.join([part, str(file)])}"  # ends well though we may not
         quiet = subprocess.DEVNULL
         return file, subprocess.Popen(script, shell=True, stdin=quiet, stdout=quiet, stderr=subprocess.PIPE, text=True)
     except OSError as error:
         return file, str(error)
 
 
+def kernel(name: str) -> str | None:
+    """The name under which XLA knows the kernel in `name`.c, or None: this machine does not compile it."""
+    return kernels().get(name)
+
+
 @functools.cache
-def softmax() -> str | None:
-    """The name under which XLA knows the kernel, or None: this machine does not compile it."""
+def kernels() -> dict[str, str]:
+    """All of them, known to XLA from now on."""
     import jax
 
-    with contextlib.ExitStack() as stack:
-        folder = jax.config.jax_compilation_cache_dir
-        if not folder or "://" in folder:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="seqrec-"))
-        file, work = start(folder)
-        if isinstance(work, subprocess.Popen):
-            _, said = work.communicate()
-            work = said.strip()[-500:] if work.returncode else None
-        try:
-            if work:
-                raise OSError(work)
-            handler = jax.ffi.pycapsule(ctypes.CDLL(str(file)).softmax)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                file.unlink()  # the next start tries again
-            log.warning(
-                "the softmax's kernel cannot be compiled, so XLA does its work and training takes longer (a C compiler "
-                "named cc, or by the variable CC, would help): %s", error,
-            )  # fmt: skip
-            return None
-    name = f"seqrec_jax_{file.stem}"
-    jax.ffi.register_ffi_target(name, handler, platform="cpu")
-    return name
+    folder, failure = jax.config.jax_compilation_cache_dir, None
+    with tempfile.TemporaryDirectory(prefix="seqrec-") as temporary:  # where there is no folder, or no writing in it
+        for place in (folder, temporary) if folder and "://" not in folder else (temporary,):
+            file, work = start(place)
+            try:
+                if isinstance(work, subprocess.Popen):
+                    _, said = work.communicate()
+                    work = said.strip()[-500:] if work.returncode else None
+                if work:
+                    raise OSError(work)
+                library = ctypes.CDLL(str(file))
+                names = {name: f"{name}-{file.stem}" for name in NAMES}
+                for name, target in names.items():
+                    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+                return names
+            except Exception as error:  # from the compiler, the loader or XLA; XLA can do without
+                failure = failure or error
+                with contextlib.suppress(OSError):
+                    file.unlink()  # the next start makes it anew
+    log.warning(
+        "no kernels for this CPU, so XLA does their work, which takes longer (they need a C compiler named cc, or by "
+        "the variable CC): %s", failure,
+    )  # fmt: skip
+    return {}
 
 
 def is_own(file: Path) -> bool:
@@ -82,3 +98,8 @@ def processor() -> list[str]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     facts = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
     return [platform.machine(), platform.processor(), *sorted(facts)]
+
+
+def cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

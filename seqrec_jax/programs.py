@@ -175,9 +175,9 @@ def _shapes(arguments) -> list[str]:
 def _machine(mesh: Mesh) -> str:
     devices = list(mesh.devices.flat)
     flags = sorted((name, str(value)) for name, value in jax.config.values.items() if "compilation_cache" not in name)
-    kernel = native.softmax() if devices[0].platform == "cpu" else None  # known to XLA before a program that calls it
+    kernels = native.kernels() if devices[0].platform == "cpu" else {}  # known to XLA before a program that calls them
     facts = (
-        devices[0].client.platform_version, devices, [device.device_kind for device in devices], flags, kernel,
+        devices[0].client.platform_version, devices, [device.device_kind for device in devices], flags, kernels,
         native.processor(), os.cpu_count(), [importlib.metadata.version(name) for name in VERSIONS],
         [os.environ.get(name) for name in ENVIRONMENT],
     )  # fmt: skip
@@ -186,7 +186,7 @@ def _machine(mesh: Mesh) -> str:
 
 def _package() -> str:
     folder = Path(__file__).parent
-    files = sorted([*folder.rglob("*.py"), native.SOURCE])
+    files = sorted([*folder.rglob("*.py"), *native.SOURCES])
     return _digest(*(f"{path.relative_to(folder)}\n{path.read_text()}" for path in files))
 
 

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from seqrec_jax import native
+
 CUTOFFS = (1, 5, 10, 20)
 
 
@@ -19,14 +21,24 @@ class Hidden:
 
 
 def count_better(
-    states_UxD: jax.Array, items_VxD: jax.Array, targets_U: jax.Array, num_items: int, hidden: Hidden | None, block: int
+    states_UxD: jax.Array,
+    items_VxD: jax.Array,
+    targets_U: jax.Array,
+    num_items: int,
+    hidden: Hidden | None,
+    block: int,
+    *,
+    alone: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(greater_U, tied_U, missed_U): candidates that score above the target, that tie with it, and whether the target
     is itself hidden. Candidates are items 1..num_items without the target and the hidden ones.
 
     Items come in blocks of `block`, so the largest array is [U, block]; the target's score and those of the hidden
     items are read from the same products as the others, so ties are exact. NaN counts as above: it never helps.
+    `alone`: on one device; if that is a CPU, kernels/ranking.c counts without an array of scores.
     """
+    if alone and jax.default_backend() == "cpu" and (kernel := native.kernel("ranking")):
+        return _on_cpu(kernel, states_UxD, items_VxD, targets_U, num_items, hidden)
     rows = items_VxD.shape[0]
     block = min(block, rows, MOST_ITEMS)
     blocks = -(-rows // block)
@@ -87,6 +99,30 @@ def count_better(
     return greater_U, tied_U, zeros > 0 if hidden is None else _is_hidden(targets_U, hidden)
 
 
+def _on_cpu(kernel, states_UxD, items_VxD, targets_U, num_items, hidden):
+    users, dim = states_UxD.shape
+    fill = -users % USERS
+    parts = min(
+        -(-4 * native.cores() * USERS // (users + fill)), -(-num_items // PART_ITEMS)
+    )  # for all threads to help
+    filled = lambda x: jnp.pad(x, ((0, fill), (0, 0))[: x.ndim])  # noqa: E731
+    shapes = (parts, users + fill), (parts, users + fill), (users + fill,)
+    results = [*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes),
+               jax.ShapeDtypeStruct((users + fill, dim), jnp.float32)]  # fmt: skip
+    floats, whole = (filled(states_UxD), items_VxD), [filled(targets_U), jnp.int32(num_items)]
+    if hidden is not None:
+        whole += [hidden.items_A, filled(hidden.begin_U), filled(hidden.end_U)]
+    greater_PxU, tied_PxU, missed_U, _ = jax.ffi.ffi_call(kernel, results, vmap_method="sequential")(
+        *(x.astype(jnp.float32) for x in floats),
+        *(x.astype(jnp.int32) for x in whole),
+        *(() if hidden is None else (hidden.first_A,)),
+    )
+    greater_U, tied_U = greater_PxU.sum(axis=0)[:users], tied_PxU.sum(axis=0)[:users]
+    return greater_U, jnp.maximum(tied_U - 1, 0), missed_U[:users] > 0  # the target ties with itself
+
+
+USERS = 64  # of a block of kernels/ranking.c
+PART_ITEMS = 1024  # of a block's items, at least, for another thread
 MOST_ITEMS = 2**15  # of a block: their embeddings are copied
 MOST_COUNTED = 2**12  # more than the scores of a part, so that float32 adds up two counts of them exactly
 

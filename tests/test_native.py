@@ -1,4 +1,4 @@
-"""The C kernel is found by what it is made from; a machine that cannot compile it says so, and trains all the same."""
+"""The C kernels are found by what they are made from; a machine without a compiler says so, and trains all the same."""
 
 import subprocess
 
@@ -12,7 +12,7 @@ from seqrec_jax import native
 def afresh(monkeypatch, tmp_path):
     """As in a new process, with a cache of its own."""
     monkeypatch.setattr(native, "start", native.functools.cache(native.start.__wrapped__))
-    monkeypatch.setattr(native, "softmax", native.functools.cache(native.softmax.__wrapped__))
+    monkeypatch.setattr(native, "kernels", native.functools.cache(native.kernels.__wrapped__))
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *_, **__: None)  # once a process
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
@@ -20,12 +20,12 @@ def afresh(monkeypatch, tmp_path):
     jax.config.update("jax_compilation_cache_dir", before)
 
 
-def test_it_is_compiled_once_and_found_afterwards(tmp_path):
+def test_they_are_compiled_once_and_found_afterwards(tmp_path):
     folder = str(tmp_path / "cache")
     file, work = native.start(folder)
     if not isinstance(work, subprocess.Popen):
         pytest.skip(f"needs a C compiler: {work}")
-    assert native.softmax() == f"seqrec_jax_{file.stem}"
+    assert native.kernel("softmax") == f"softmax-{file.stem}"
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [file.name]
     native.start.cache_clear()
     assert native.start(folder) == (file, None)
@@ -34,19 +34,27 @@ def test_it_is_compiled_once_and_found_afterwards(tmp_path):
 @pytest.mark.parametrize("compiler", ["/no/such/compiler", "false"])
 def test_without_a_compiler_it_says_so(monkeypatch, caplog, tmp_path, compiler):
     monkeypatch.setenv("CC", compiler)
-    assert native.softmax() is None
-    assert "C compiler" in caplog.text and "training takes longer" in caplog.text
+    assert not native.kernels()
+    assert "C compiler" in caplog.text and "takes longer" in caplog.text
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_torn_file_is_reported_and_made_anew_by_the_next_start(caplog, tmp_path):
-    file, work = native.start(str(tmp_path / "cache"))
+@pytest.mark.parametrize("fault", ["torn", "no folder"])
+def test_a_file_that_cannot_be_used_is_made_anew(tmp_path, fault):
+    cache = tmp_path / "cache"
+    file, work = native.start(str(cache))
     if not isinstance(work, subprocess.Popen):
         pytest.skip(f"needs a C compiler: {work}")
     work.communicate()
-    file.write_bytes(b"torn")
     native.start.cache_clear()
-    assert native.softmax() is None and str(file) in caplog.text and not file.exists()
+    if fault == "torn":
+        file.write_bytes(b"torn")
+    else:
+        file.unlink()
+        cache.rmdir()
+        cache.touch()
+    assert native.kernel("softmax") == f"softmax-{file.stem}"  # of a temporary folder
+    assert not file.exists() and not list(tmp_path.parent.glob("seqrec-*"))
 
 
 def test_another_source_or_compiler_is_another_file(monkeypatch, tmp_path):

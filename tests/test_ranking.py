@@ -7,12 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqrec_jax import ranking
+from seqrec_jax import native, ranking
 from seqrec_jax.data.dataset import first_occurrences
 
 ITEMS, ROWS, DIM = 53, 64, 2
 BLOCKS = (7, 17, 64, 10**6)
-count_better = jax.jit(ranking.count_better, static_argnums=(3, 5))
+WAYS = (*BLOCKS, "kernel")
+in_blocks = jax.jit(ranking.count_better, static_argnums=(3, 5), static_argnames="alone")
+
+
+def count_better(*arguments):
+    """In blocks of the last argument, or by the kernel for a CPU."""
+    if arguments[-1] != "kernel":
+        return in_blocks(*arguments)
+    if jax.default_backend() != "cpu" or not native.kernels():
+        pytest.skip("needs a C compiler, and JAX on a CPU")
+    return in_blocks(*arguments[:-1], 0, alone=True)
 
 
 def case(seed=0):
@@ -56,7 +66,7 @@ def brute_metrics(greater, tied, missed, cutoff):
     return sums / len(greater)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", WAYS)
 def test_counts_equal_brute_force(block):
     for seed in range(5):
         states, items, targets, histories = case(seed)
@@ -64,6 +74,24 @@ def test_counts_equal_brute_force(block):
         assert [x.tolist() for x in found] == brute_counts(states, items, targets, histories)
         found = count_better(states, items, targets, ITEMS, None, block)
         assert [x.tolist() for x in found] == brute_counts(states, items, targets, [[]] * len(targets))
+
+
+@pytest.mark.parametrize("users", [1, 63, 64, 130])
+def test_the_kernel_finds_equal_items_tied_whatever_their_scores(users):
+    """Of 3,000 items each is there three times; users are no whole block, entries no whole vector, parts several."""
+    generator = np.random.default_rng(0)
+    once = generator.normal(size=(1_000, 50)).astype(np.float32)
+    items = np.concatenate([once[:1], *[once] * 3])
+    states = generator.normal(size=(users, 50)).astype(np.float32)
+    targets = generator.integers(1, 3_001, users)
+    histories = [np.append(generator.integers(1, 3_001, 40), targets[0]) for _ in range(users)]
+    found = count_better(states, items, jnp.asarray(targets), 3_000, hidden_of(histories), "kernel")
+    scores = states.astype(float) @ items.T.astype(float)
+    for user, (target, history) in enumerate(zip(targets, histories, strict=True)):
+        others = np.setdiff1d(np.arange(1, 3_001), [target, *history])
+        twins = (others - target) % 1_000 == 0
+        greater = (scores[user, others[~twins]] > scores[user, target]).sum()  # no two others are nearer than rounding
+        assert [int(x[user]) for x in found] == [greater, twins.sum(), target in history]
 
 
 def test_metrics_are_the_mean_over_every_order_of_the_ties():
@@ -86,7 +114,7 @@ def test_metrics_of_ranks_known_by_hand():
     assert set(one(0, 0, True).values()) == {0.0}
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", WAYS)
 def test_a_constant_model_scores_like_chance(block):
     targets = np.arange(1, ITEMS + 1, dtype=np.int32)
     ones = np.ones((ROWS, 1), np.float32)
@@ -98,7 +126,7 @@ def test_a_constant_model_scores_like_chance(block):
         assert found[f"mrr@{cutoff}"] == pytest.approx((1 / ranks).sum() / ITEMS)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", WAYS)
 @pytest.mark.parametrize("hides", [False, True])
 def test_a_model_of_nan_scores_worst(block, hides):
     states, items, targets, histories = case()
@@ -109,12 +137,13 @@ def test_a_model_of_nan_scores_worst(block, hides):
     assert missed[3] == hides
 
 
-def test_an_item_of_nan_counts_as_above():
+@pytest.mark.parametrize("block", [17, "kernel"])
+def test_an_item_of_nan_counts_as_above(block):
     states, items, targets, _ = case()
     states = states + 0.5  # no state is zero
     items[20] = np.nan
     targets[:] = 21
-    greater, tied, _ = map(np.asarray, count_better(states, items, targets, ITEMS, None, 17))
+    greater, tied, _ = map(np.asarray, count_better(states, items, targets, ITEMS, None, block))
     items[20] = 0  # after the results are there: JAX may read a numpy array in place
     without = np.array(brute_counts(states, items, targets, [[20]] * len(targets))[:2])
     assert greater.tolist() == (without[0] + 1).tolist() and tied.tolist() == without[1].tolist()

@@ -1,7 +1,6 @@
 """Exact softmax cross-entropy over a table of columns, without ever holding all logits."""
 
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ LARGE = 1000.0  # where what matrix units round is more than the headroom
 MANY_COLUMNS = 2**17
 TILE_COLUMNS = {"cpu": 2**11, "gpu": 2**15, "tpu": 2**15}  # in cache on a CPU, few launches elsewhere
 CHUNK_LOGITS = {"cpu": 5 * 2**20, "gpu": 2**28, "tpu": 2**27}  # in the last cache of a CPU, few chunks elsewhere
+MOST_KEPT = 2**26  # exponentials, of a CPU's kernel
 BLOCK, LANES = 64, 16  # of the CPU's kernel: rows of a block, and what divides the entries of a state
 ALIGNMENT = {"cpu": 1, "gpu": 128, "tpu": 128}  # of a chunk's rows, as matrix units want them
 
@@ -42,10 +42,10 @@ def softmax_loss(
     whose id is the row's target is left out, and the positive joins the sum. `others_N`: the log-sum-exp of further
     competitors of each row's own (−inf: none), which joins the sum as well.
 
-    Real targets alone are looked at, whose number is traced, and loss and all gradients are made at once. A kernel
-    takes them on a CPU (losses/softmax.c) and on a GPU (losses/fused.py, which keeps no logits); elsewhere they go in
-    chunks. `chunk * C` is the largest array, or a tile of it where C is large. Logits are made once, but again for the
-    gradient of tiles, and where their maximum has to be sought.
+    The number of real targets is traced, others cost next to nothing, and loss and all gradients are made at once. A
+    kernel takes the rows on a CPU (kernels/softmax.c) and on a GPU (losses/fused.py, which keeps no logits); elsewhere
+    they go in chunks. `chunk * C` is the largest array, or a tile of it where C is large. Logits are made once, but
+    again for the gradient of tiles, and where their maximum has to be sought.
     Rows are split over the mesh's "data", columns over its "model".
     """
     rows, columns = P("data"), P("model")
@@ -81,7 +81,7 @@ def _forward(mesh, specs, chunk, *arrays):
     dim = arrays[0].shape[1]
     if has_kernel(dim):
         attend, multiple = _on_gpu, 1
-    elif mesh.shape["model"] == 1 and jax.default_backend() == "cpu" and (kernel := native.softmax()):
+    elif mesh.shape["model"] == 1 and jax.default_backend() == "cpu" and (kernel := native.kernel("softmax")):
         attend, multiple = functools.partial(_on_cpu, kernel), BLOCK
     else:
         rows = arrays[0].shape[0] // mesh.shape["data"]
@@ -168,14 +168,17 @@ def _on_cpu(kernel, hidden_MxD, columns_CxD, column_bias_C, joins_M, least_M, co
     columns, width = len(columns_CxD), -(-dim // LANES) * LANES
     shift_M, near_M = _shift(hidden_MxD, columns_CxD, column_bias_C, least_M)
     shift_M = jnp.where(near_M | (jnp.arange(rows) >= count), shift_M, jnp.inf)  # infinity: the kernel seeks a maximum
-    kept = min(2 * os.cpu_count(), rows // BLOCK) if columns <= MANY_COLUMNS else 0  # blocks
+    kept = min(2 * native.cores(), rows // BLOCK)  # blocks
+    if kept * columns * BLOCK > MOST_KEPT or columns > MANY_COLUMNS:
+        kept = 0
     results = (rows,), (rows, width), (columns, width)
     scratch = (rows, width), (rows, width), (rows,), (rows,), (kept, columns, BLOCK)
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (*results, *scratch)]
     widen = lambda x: jnp.pad(x, ((0, 0), (0, width - dim)))  # noqa: E731
-    ids = () if column_ids_C is None else (target_M, column_ids_C)
+    floats = widen(hidden_MxD), widen(columns_CxD), column_bias_C, shift_M, joins_M
+    whole = (count,) if column_ids_C is None else (count, target_M, column_ids_C)
     all_M, pull_MxD, d_columns, *_ = jax.ffi.ffi_call(kernel, shapes, vmap_method="sequential")(
-        widen(hidden_MxD), widen(columns_CxD), column_bias_C, shift_M, joins_M, count, *ids
+        *(x.astype(jnp.float32) for x in floats), *(x.astype(jnp.int32) for x in whole)
     )
     return all_M, pull_MxD[:, :dim], d_columns[:, :dim]
 

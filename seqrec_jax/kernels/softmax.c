@@ -1,40 +1,15 @@
-// The exact softmax and its gradients on a CPU: three products and the exponentials between them, for a tile of columns
-// and a block of rows at a time, which stay in a core's own cache. Exponentials alone are kept, or made again.
+// The exact softmax and its gradients: three products and the exponentials between them, for a tile of columns and a
+// block of rows at a time, which stay in a core's own cache. Exponentials alone are kept, or made again.
 //
-// Compiled by native.py, called by softmax.py. Arrays: M rows in blocks of BLOCK, D entries (a multiple of LANES), C
-// columns. Logits are in base 2 here.
+// Called by losses/softmax.py. Arrays: M rows in blocks of BLOCK, D entries (a multiple of LANES), C columns. Logits are
+// in base 2 here.
 
-#include <math.h>
-#include <sched.h>
-#include <stdatomic.h>
-#include <stdbool.h>
-#include <stdlib.h>
-#include <string.h>
+#include "kernel.h"
 
-#include "xla/ffi/api/c_api.h"
-
-#if defined(__AVX512F__)
-enum { LANES = 16, VECTORS = 4 };
-#elif defined(__AVX__)
-enum { LANES = 8, VECTORS = 2 };
-#elif defined(__aarch64__)
-enum { LANES = 4, VECTORS = 4 };
-#else
-enum { LANES = 4, VECTORS = 2 };
-#endif
-enum { BLOCK = 64, TILE = 48, ROWS = 6, PART = LANES * VECTORS };  // ROWS x VECTORS sums stay in registers
+enum { TILE = 48 };
 static const float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
-typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t Whole __attribute__((vector_size(4 * LANES), aligned(4)));
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE Floats load(const float *from) { return *(const Floats *)from; }
-INLINE void store(float *to, Floats x) { *(Floats *)to = x; }
-INLINE Floats chosen(Whole mask, Floats yes, Floats no) { return (Floats)((mask & (Whole)yes) | (~mask & (Whole)no)); }
-INLINE long least(long a, long b) { return a < b ? a : b; }
-
-// 2^x, within 3e-7 of itself; 0 up to 2^-126, NaN for NaN. Whole powers are added to the exponent of a polynomial.
+// 2^x, within 3e-7 of itself; 0 up to 2^-126; x < 128, and what is not a number stays so. Whole powers are added to the exponent of a polynomial.
 INLINE Floats power_of_2(Floats x) {
   Floats shifted = x + 0x1.8p23f;
   Floats r = x - (shifted - 0x1.8p23f);
@@ -44,22 +19,6 @@ INLINE Floats power_of_2(Floats x) {
   p = p * r + 6.93146944e-1f;
   p = p * r + 1.0f;
   return (Floats)(((Whole)p + ((Whole)shifted << 23)) & ~(x <= -126.0f));
-}
-
-// sums[r][v] += a[r, k] b[k, v] over k < depth; for rows from n on, those of row n - 1. Meanwhile the next ROWS * depth
-// floats are fetched of what is read, and of what is written: caches see neither coming.
-INLINE void multiply(int n, int vectors, long depth, const float *a, long a_row, long a_k, const float *b, long b_k,
-                     Floats sums[ROWS][VECTORS], const float *next_read, float *next_written) {
-  const float *row[ROWS];
-  for (int r = 0; r < ROWS; r++) row[r] = a + least(r, n - 1) * a_row;
-  for (long k = 0; k < depth; k++) {
-    __builtin_prefetch(next_read + k * ROWS);
-    __builtin_prefetch(next_written + k * ROWS, 1);
-    Floats x[VECTORS];
-    for (int v = 0; v < vectors; v++) x[v] = load(b + k * b_k + v * LANES);
-    for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < vectors; v++) sums[r][v] += row[r][k * a_k] * x[v];
-  }
 }
 
 INLINE void add_part(int n, int vectors, long depth, const float *a, long a_row, long a_k, const float *b, long b_k,
@@ -91,15 +50,16 @@ static void add_product(long rows, long width, long depth, const float *a, long 
 }
 
 typedef struct {
+  Tasks tasks;
   const float *hidden, *table, *bias;      // [M, D], [C, D], [C]
   const float *shift, *joins;              // [M] to be taken off a row's logits; the log of what joins their sum
   const int32_t *targets, *ids;            // [M], [C] pairs of equal ones do not count; or NULL
   float *all, *pull, *d_table;             // [M], [M, D], [C, D] what softmax.py says of `attend`
-  float *states, *shares, *tops, *sums;    // [B, D, BLOCK], [B, BLOCK, D] / their sums, [M], [M]
+  float *states, *shares, *tops, *sums;    // [B, D, BLOCK], hidden / sums [M, D], [M], [M]
   float *kept;                             // [slots, C, BLOCK] exponentials of as many blocks
   long dim, columns, count, blocks, slots; // slots = 0: exponentials are made again
-  long chunk, tiles, tasks;                // blocks that are at work together
-  atomic_long next, users, done[];         // the next task; threads inside; [2 M / chunk] tasks done
+  long chunk, tiles;                       // blocks that are at work together; of columns
+  atomic_long done[];                      // tasks of each chunk: those of its blocks, those of the tiles
 } Job;
 
 // logits[r][v] - top of n columns and a part of a block's rows; -inf where ids are equal.
@@ -108,9 +68,11 @@ INLINE void logits_of(const Job *job, int n, long column, long block, long part,
   const float *columns = job->table + column * job->dim;
   for (int r = 0; r < ROWS; r++)
     for (int v = 0; v < VECTORS; v++)
-      logits[r][v] = job->bias[column + least(r, n - 1)] * LOG2_E - load(tops + part + v * LANES);
+      logits[r][v] = (Floats){0} + job->bias[column + least(r, n - 1)] * LOG2_E;
   multiply(n, VECTORS, job->dim, columns, job->dim, 1, job->states + block * job->dim * BLOCK + part, BLOCK, logits,
            columns + ROWS * job->dim, next_written);
+  for (int r = 0; r < ROWS; r++)  // only now, so that the largest logit less itself is 0
+    for (int v = 0; v < VECTORS; v++) logits[r][v] -= load(tops + part + v * LANES);
   if (job->ids)
     for (int r = 0; r < ROWS; r++)
       for (int v = 0; v < VECTORS; v++) {
@@ -188,7 +150,7 @@ static void add_up_columns(const Job *job, long block, float *kept) {
     float share = 1 / sums[m], counts = first + m < job->count ? share : 0;
     job->all[first + m] = tops[m] * LN_2 + logf(sums[m]);
     for (long d = 0; d < dim; d++) pull[m * dim + d] *= share;
-    for (long d = 0; d < dim; d++) shares[m * dim + d] = counts ? hidden[m * dim + d] * counts : 0;
+    for (long d = 0; d < dim; d++) shares[m * dim + d] = counts * hidden[m * dim + d];
   }
 }
 
@@ -207,77 +169,45 @@ static void add_up_rows(const Job *job, long first, long last, long column) {
   }
 }
 
-static void wait_for(atomic_long *done, long all) {
-  while (atomic_load(done) < all) sched_yield();
-}
-
-static void leave(Job *job) {
-  if (atomic_fetch_sub(&job->users, 1) == 1) free(job);
-}
-
-// Takes tasks in their order, of a chunk of blocks first the blocks, then the tiles of columns. Who waits, waits for
-// tasks that are at work; so a single thread gets through, too.
-static void work(void *data) {
-  Job *job = data;
-  for (long task; (task = atomic_fetch_add(&job->next, 1)) < job->tasks;) {
-    long number = task / (job->chunk + job->tiles), place = task % (job->chunk + job->tiles);
-    long first = number * job->chunk, last = least(first + job->chunk, job->blocks);
-    atomic_long *blocks_done = job->done + 2 * number, *tiles_done = blocks_done + 1;
-    if (place < job->chunk) {
-      if (number) wait_for(tiles_done - 2, job->tiles);  // which need what was kept of the chunk before
-      float *kept = job->slots ? job->kept + place * job->columns * BLOCK : NULL;
-      if (first + place < last) add_up_columns(job, first + place, kept);
-      atomic_fetch_add(blocks_done, 1);
-    } else {
-      wait_for(blocks_done, job->chunk);
-      add_up_rows(job, first, last, (place - job->chunk) * TILE);
-      atomic_fetch_add(tiles_done, 1);
-    }
+// Of a chunk of blocks first the blocks, then the tiles of columns. Who waits, waits for tasks that are at work; so a
+// single thread gets through, too.
+static void run(Tasks *tasks, long task) {
+  Job *job = (Job *)tasks;
+  long number = task / (job->chunk + job->tiles), place = task % (job->chunk + job->tiles);
+  long first = number * job->chunk, last = least(first + job->chunk, job->blocks);
+  atomic_long *blocks_done = job->done + 2 * number, *tiles_done = blocks_done + 1;
+  if (place < job->chunk) {
+    if (number) wait_for(tiles_done - 2, job->tiles);  // which need what was kept of the chunk before
+    float *kept = job->slots ? job->kept + place * job->columns * BLOCK : NULL;
+    if (first + place < last) add_up_columns(job, first + place, kept);
+    atomic_fetch_add(blocks_done, 1);
+  } else {
+    wait_for(blocks_done, job->chunk);
+    add_up_rows(job, first, last, (place - job->chunk) * TILE);
+    atomic_fetch_add(tiles_done, 1);
   }
-  leave(job);
 }
 
 XLA_FFI_Error *softmax(XLA_FFI_CallFrame *frame) {
-  XLA_FFI_Extension_Base *asked = frame->extension_start;
-  if (asked && asked->type == XLA_FFI_Extension_Metadata) {
-    XLA_FFI_Api_Version *version = &((XLA_FFI_Metadata_Extension *)asked)->metadata->api_version;
-    version->major_version = XLA_FFI_API_MAJOR;
-    version->minor_version = XLA_FFI_API_MINOR;
-    return NULL;
-  }
+  if (is_asked(frame)) return NULL;
   XLA_FFI_Buffer **in = (XLA_FFI_Buffer **)frame->args.args, **out = (XLA_FFI_Buffer **)frame->rets.rets;
   long rows = in[0]->dims[0], count = *(int32_t *)in[5]->data, blocks = (count + BLOCK - 1) / BLOCK;
   long slots = out[7]->dims[0], chunk = slots ? slots : blocks + !blocks, chunks = (blocks + chunk - 1) / chunk;
   chunks += !chunks;  // without a row the gradient is 0
   Job *job = calloc(1, sizeof(Job) + 2 * chunks * sizeof(atomic_long));
-  if (!job) {
-    XLA_FFI_Error_Create_Args error = {XLA_FFI_Error_Create_Args_STRUCT_SIZE, NULL, "softmax: no memory",
-                                       XLA_FFI_Error_Code_RESOURCE_EXHAUSTED};
-    return frame->api->XLA_FFI_Error_Create(&error);
-  }
+  if (!job) return no_memory(frame);
   job->dim = in[0]->dims[1], job->columns = in[1]->dims[0], job->count = count, job->blocks = blocks;
   job->slots = slots, job->chunk = chunk, job->tiles = (job->columns + TILE - 1) / TILE;
-  job->tasks = chunks * (chunk + job->tiles);
   job->hidden = in[0]->data, job->table = in[1]->data, job->bias = in[2]->data;
   job->shift = in[3]->data, job->joins = in[4]->data;
   if (frame->args.size > 6) job->targets = in[6]->data, job->ids = in[7]->data;
   job->all = out[0]->data, job->pull = out[1]->data, job->d_table = out[2]->data;
   job->states = out[3]->data, job->shares = out[4]->data, job->tops = out[5]->data, job->sums = out[6]->data;
   job->kept = out[7]->data;
-  memset(job->all, 0, sizeof(float) * rows);  // rows behind the last block are zeros, not what was in memory
-  memset(job->pull, 0, sizeof(float) * rows * job->dim);
-
-  int64_t threads = 1;
-  XLA_FFI_ThreadPool_NumThreads_Args pool = {XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, NULL, frame->ctx,
-                                             &threads};
-  XLA_FFI_ThreadPool_Schedule_Args helper = {XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, NULL, frame->ctx, work,
-                                             job};
-  frame->api->XLA_FFI_ThreadPool_NumThreads(&pool);
-  atomic_store(&job->users, threads + 1);
-  for (int64_t t = 1; t < threads; t++)
-    if (frame->api->XLA_FFI_ThreadPool_Schedule(&helper)) leave(job);
-  work(job);
-  wait_for(job->done + 2 * chunks - 1, job->tiles);
-  leave(job);  // a helper that comes late finds no task, and does not look at the arrays
+  long rest = rows - blocks * BLOCK;  // no row of these blocks is real: zeros, not what was in memory
+  memset(job->all + rows - rest, 0, sizeof(float) * rest);
+  memset(job->pull + (rows - rest) * job->dim, 0, sizeof(float) * rest * job->dim);
+  job->tasks.tasks = chunks * (chunk + job->tiles), job->tasks.run = run;
+  run_all(frame, &job->tasks);
   return NULL;
 }
