@@ -315,6 +315,7 @@ def warnings_of(caplog):
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
+@pytest.mark.slow
 def test_constant_states_give_alarm_once_after_three_epochs(constant, cache, tmp_path, caplog):
     config = config_of(cache, train__max_epochs=5)
     stop = SimpleNamespace(is_set=iter([False] * 4 + [True]).__next__)  # a dispatch an epoch

@@ -213,6 +213,7 @@ def test_resumed_pretraining_has_the_same_batch_statistics(pretrained, tmp_path)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), *rests))
 
 
+@pytest.mark.slow
 def test_profile_in_folds_that_resume(pretrained, tmp_path, capsys):
     settings = {"profile.folds": 2, "train.max_epochs": 1}
     assert finetune(pretrained, tmp_path, **settings) == 0

@@ -286,7 +286,7 @@ print(hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(f
             text=True,
             check=True,
         ).stdout  # fmt: skip
-        for threads in ("1", "2", "5")
+        for threads in ("1", "5")
     ]
     assert len(said[0]) == 65 and len(set(said)) == 1
 

@@ -281,7 +281,7 @@ def test_a_signal_before_anything_has_begun_exits_75_too(cache, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kills", "epochs"), [(3, 12), pytest.param(20, 60, marks=pytest.mark.slow)], ids=["3 kills", "20 kills"]
+    ("kills", "epochs"), [(2, 8), pytest.param(20, 60, marks=pytest.mark.slow)], ids=["2 kills", "20 kills"]
 )
 def test_killed_run_resumes_bit_for_bit(cache, tmp_path, kills, epochs):
     """SIGKILL at random moments, most of them while it trains, validates or saves (every other step)."""
