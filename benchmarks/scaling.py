@@ -1,7 +1,8 @@
 """python -m benchmarks.scaling [--folder=.] [--smoke]: time and memory against the size of the catalogue
 
 A train step of SASRec with full softmax (d 64, 256 users, random data), and the crossing point of the two forms of the
-exact softmax (all columns at once, or tiles of them). Prints a table, writes scaling.json and scaling.png.
+exact softmax: exponentials of all columns are kept, or they are made again, tile by tile. Prints a table, writes
+scaling.json and scaling.png.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from seqrec_jax.losses import softmax
 ITEMS = (10_000, 30_000, 100_000, 300_000, 1_000_000)
 COLUMNS = (10_000, 30_000, 65_000, 100_000, 200_000)
 ROWS = 1_600  # real targets of a step
-FORMS = {"whole": sys.maxsize, "tiled": 0}  # from how many columns on the softmax takes them in tiles
+FORMS = {"whole": sys.maxsize, "tiled": 0}  # from how many columns on the softmax keeps none of them
 ROUNDS = 3
 
 
