@@ -8,7 +8,7 @@ run: $(INSTALLED)
 	$(VENV)/bin/python -m seqrec_jax.main --config=configs/cl4srec.py $(ARGS)
 
 test: lint
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

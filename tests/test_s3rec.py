@@ -263,6 +263,7 @@ def case(request):
     return *replicate(MESH, (hparams, params, system.data)), jax.jit(step)
 
 
+@pytest.mark.slow
 def test_what_is_cut_is_learned_from_as_if_it_were_all():
     dataset = random_dataset()
     (config, system), (_, plain) = (case_of(dataset, cut=cut) for cut in (True, False))
