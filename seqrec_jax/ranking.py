@@ -100,19 +100,24 @@ def count_better(
 
 
 def _on_cpu(kernel, states_UxD, items_VxD, targets_U, num_items, hidden):
+    """Whole blocks of users, each against P parts of the items, enough for all threads to help."""
     users, dim = states_UxD.shape
     fill = -users % USERS
-    parts = min(
-        -(-4 * native.cores() * USERS // (users + fill)), -(-num_items // PART_ITEMS)
-    )  # for all threads to help
+    parts = min(-(-4 * native.cores() * USERS // (users + fill)), -(-num_items // PART_ITEMS))
     filled = lambda x: jnp.pad(x, ((0, fill), (0, 0))[: x.ndim])  # noqa: E731
-    shapes = (parts, users + fill), (parts, users + fill), (users + fill,)
-    results = [*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes),
-               jax.ShapeDtypeStruct((users + fill, dim), jnp.float32)]  # fmt: skip
+    counts, missed, scratch = (
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (
+            ((parts, users + fill), jnp.int32),
+            ((users + fill,), jnp.int32),
+            ((users + fill, dim), jnp.float32),
+        )
+    )
     floats, whole = (filled(states_UxD), items_VxD), [filled(targets_U), jnp.int32(num_items)]
     if hidden is not None:
         whole += [hidden.items_A, filled(hidden.begin_U), filled(hidden.end_U)]
-    greater_PxU, tied_PxU, missed_U, _ = jax.ffi.ffi_call(kernel, results, vmap_method="sequential")(
+    call = jax.ffi.ffi_call(kernel, [counts, counts, missed, scratch], vmap_method="sequential")
+    greater_PxU, tied_PxU, missed_U, _ = call(
         *(x.astype(jnp.float32) for x in floats),
         *(x.astype(jnp.int32) for x in whole),
         *(() if hidden is None else (hidden.first_A,)),

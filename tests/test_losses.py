@@ -118,15 +118,9 @@ def take_form(monkeypatch, form, tile=None):
         monkeypatch.setitem(softmax.TILE_COLUMNS, jax.default_backend(), tile)
 
 
-@pytest.fixture
-def in_chunks(monkeypatch):
-    """Whatever JAX runs on."""
-    take_form(monkeypatch, "chunks")
-
-
 @pytest.fixture(params=["chunks", "for a CPU", "for a GPU"])
 def form(request, monkeypatch, interpreted):
-    """The softmax in either of its forms."""
+    """The softmax in each of its forms."""
     take_form(monkeypatch, request.param)
 
 
@@ -285,7 +279,7 @@ print(hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(f
             capture_output=True,
             text=True,
             check=True,
-        ).stdout  # fmt: skip
+        ).stdout
         for threads in ("1", "5")
     ]
     assert len(said[0]) == 65 and len(set(said)) == 1

@@ -49,7 +49,7 @@ static void hide(const Job *job, long user, float target_score) {
   }
 }
 
-// Users `first` to first + BLOCK - 1 against items `begin` to end - 1, of the part that begins with the counts' row `at`.
+// A block of users against the items begin .. end - 1: counts [BLOCK] of those above `targets` [BLOCK] and those that tie.
 static void count(const Job *job, long block, long begin, long end, const float *targets, int32_t *greater,
                   int32_t *tied) {
   for (long part = 0; part < BLOCK; part += PART) {
