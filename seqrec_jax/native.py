@@ -22,8 +22,9 @@ log = logging.getLogger(__name__)
 SOURCES = sorted((Path(__file__).parent / "kernels").glob("*.[ch]"))
 NAMES = [path.stem for path in SOURCES if path.suffix == ".c"]
 OPTIONS = (
-    "-O3", "-shared", "-fPIC",
-    # Vectors are written out. A sum of products is one of fused operations, in its order, wherever it is made.
+    "-O2", "-shared", "-fPIC",
+    # Vectors and short loops are written out: more would only take longer to compile. A sum of products is one of fused
+    # operations, in its order, wherever it is made.
     "-ffp-contract=fast", "-fno-tree-vectorize",
     # ARM's need no option, and not all of its compilers take this one.
     *(() if platform.machine() in ("aarch64", "arm64") else ("-march=native",)),

@@ -23,6 +23,8 @@ enum { BLOCK = 64, ROWS = 6, PART = LANES * VECTORS };  // ROWS x VECTORS sums s
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t Whole __attribute__((vector_size(4 * LANES), aligned(4)));
 #define INLINE static inline __attribute__((always_inline))
+// Written out, so that what the loop sums up is in registers.
+#define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < n; i++)
 
 INLINE Floats load(const float *from) { return *(const Floats *)from; }
 INLINE void store(float *to, Floats x) { *(Floats *)to = x; }
@@ -34,14 +36,13 @@ INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE void multiply(int n, int vectors, long depth, const float *a, long a_row, long a_k, const float *b, long b_k,
                      Floats sums[ROWS][VECTORS], const float *next_read, float *next_written) {
   const float *row[ROWS];
-  for (int r = 0; r < ROWS; r++) row[r] = a + least(r, n - 1) * a_row;
+  EACH(r, ROWS) row[r] = a + least(r, n - 1) * a_row;
   for (long k = 0; k < depth; k++) {
     __builtin_prefetch(next_read + k * ROWS);
     __builtin_prefetch(next_written + k * ROWS, 1);
     Floats x[VECTORS];
-    for (int v = 0; v < vectors; v++) x[v] = load(b + k * b_k + v * LANES);
-    for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < vectors; v++) sums[r][v] += row[r][k * a_k] * x[v];
+    EACH(v, vectors) x[v] = load(b + k * b_k + v * LANES);
+    EACH(r, ROWS) EACH(v, vectors) sums[r][v] += row[r][k * a_k] * x[v];
   }
 }
 

@@ -23,9 +23,9 @@ typedef struct {
 static void scores_of(const Job *job, long user, int n, const int32_t *ids, float *scores) {
   const float *rows[AT_ONCE], *state = job->users + user * job->dim;
   float sums[AT_ONCE] = {0};
-  for (int r = 0; r < AT_ONCE; r++) rows[r] = job->items + ids[least(r, n - 1)] * job->dim;
+  EACH(r, AT_ONCE) rows[r] = job->items + ids[least(r, n - 1)] * job->dim;
   for (long k = 0; k < job->dim; k++)
-    for (int r = 0; r < AT_ONCE; r++) sums[r] += rows[r][k] * state[k];
+    EACH(r, AT_ONCE) sums[r] += rows[r][k] * state[k];
   memcpy(scores, sums, sizeof(sums));
 }
 
@@ -60,13 +60,11 @@ static void count(const Job *job, long block, long begin, long end, const float 
       const float *rows = job->items + item * job->dim;
       int n = least(end - item, ROWS);
       multiply(n, VECTORS, job->dim, rows, job->dim, 1, states, BLOCK, sums, rows + ROWS * job->dim, (float *)greater);
-      for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < VECTORS; v++)
-          if (r < n) {
-            Floats target = load(targets + part + v * LANES);
-            above[v] -= ~(sums[r][v] <= target);
-            same[v] -= sums[r][v] == target;
-          }
+      EACH(r, ROWS) EACH(v, VECTORS) if (r < n) {
+        Floats target = load(targets + part + v * LANES);
+        above[v] -= ~(sums[r][v] <= target);
+        same[v] -= sums[r][v] == target;
+      }
     }
     memcpy(greater + part, above, sizeof(above));
     memcpy(tied + part, same, sizeof(same));

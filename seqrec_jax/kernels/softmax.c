@@ -24,12 +24,9 @@ INLINE Floats power_of_2(Floats x) {
 INLINE void add_part(int n, int vectors, long depth, const float *a, long a_row, long a_k, const float *b, long b_k,
                      float *c, long c_row) {
   Floats sums[ROWS][VECTORS];
-  for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < vectors; v++) sums[r][v] = load(c + least(r, n - 1) * c_row + v * LANES);
+  EACH(r, ROWS) EACH(v, vectors) sums[r][v] = load(c + least(r, n - 1) * c_row + v * LANES);
   multiply(n, vectors, depth, a, a_row, a_k, b, b_k, sums, a + ROWS * a_row, c + ROWS * c_row);
-  for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < vectors; v++)
-      if (r < n) store(c + r * c_row + v * LANES, sums[r][v]);
+  EACH(r, ROWS) EACH(v, vectors) if (r < n) store(c + r * c_row + v * LANES, sums[r][v]);
 }
 
 // c [rows, width] += a [rows, depth] b [depth, width].
@@ -42,10 +39,8 @@ static void add_product(long rows, long width, long depth, const float *a, long 
       if (w + PART > width)
         for (long v = w; v < width; v += LANES)
           add_part(least(rows - r, ROWS), 1, depth, a_r, a_row, a_k, b + v, width, c_r + v, width);
-      else if (rows - r < ROWS)
-        add_part(rows - r, VECTORS, depth, a_r, a_row, a_k, b + w, width, c_r + w, width);
       else
-        add_part(ROWS, VECTORS, depth, a_r, a_row, a_k, b + w, width, c_r + w, width);
+        add_part(least(rows - r, ROWS), VECTORS, depth, a_r, a_row, a_k, b + w, width, c_r + w, width);
     }
 }
 
@@ -66,44 +61,38 @@ typedef struct {
 INLINE void logits_of(const Job *job, int n, long column, long block, long part, const float *tops, float *next_written,
                       Floats logits[ROWS][VECTORS]) {
   const float *columns = job->table + column * job->dim;
-  for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < VECTORS; v++)
-      logits[r][v] = (Floats){0} + job->bias[column + least(r, n - 1)] * LOG2_E;
+  EACH(r, ROWS) EACH(v, VECTORS) logits[r][v] = (Floats){0} + job->bias[column + least(r, n - 1)] * LOG2_E;
   multiply(n, VECTORS, job->dim, columns, job->dim, 1, job->states + block * job->dim * BLOCK + part, BLOCK, logits,
            columns + ROWS * job->dim, next_written);
-  for (int r = 0; r < ROWS; r++)  // only now, so that the largest logit less itself is 0
-    for (int v = 0; v < VECTORS; v++) logits[r][v] -= load(tops + part + v * LANES);
+  // Only now, so that the largest logit less itself is 0.
+  EACH(r, ROWS) EACH(v, VECTORS) logits[r][v] -= load(tops + part + v * LANES);
   if (job->ids)
-    for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < VECTORS; v++) {
-        Whole targets = *(const Whole *)(job->targets + block * BLOCK + part + v * LANES);
-        Whole same = targets == job->ids[column + least(r, n - 1)];
-        logits[r][v] = chosen(same, (Floats){0} - INFINITY, logits[r][v]);
-      }
+    EACH(r, ROWS) EACH(v, VECTORS) {
+      Whole targets = *(const Whole *)(job->targets + block * BLOCK + part + v * LANES);
+      Whole same = targets == job->ids[column + least(r, n - 1)];
+      logits[r][v] = chosen(same, (Floats){0} - INFINITY, logits[r][v]);
+    }
 }
 
 INLINE void exponentials_of(const Job *job, int n, long column, long block, long part, float *to, float *sums) {
   Floats logits[ROWS][VECTORS];
   logits_of(job, n, column, block, part, job->tops + block * BLOCK, to + ROWS * BLOCK, logits);
-  for (int v = 0; v < VECTORS; v++) {
+  EACH(v, VECTORS) {
     Floats sum = load(sums + part + v * LANES);
-    for (int r = 0; r < ROWS; r++)
-      if (r < n) {
-        Floats e = power_of_2(logits[r][v]);
-        store(to + r * BLOCK + part + v * LANES, e);
-        sum += e;
-      }
+    EACH(r, ROWS) if (r < n) {
+      Floats e = power_of_2(logits[r][v]);
+      store(to + r * BLOCK + part + v * LANES, e);
+      sum += e;
+    }
     store(sums + part + v * LANES, sum);
   }
 }
 
 // to [n, BLOCK] = exp(logits - top) of n columns and a block's rows; their sums over the columns join `sums` [BLOCK].
 static void exponentials(const Job *job, long column, long n, long block, float *to, float *sums) {
-  for (long part = 0; part < BLOCK; part += PART) {
-    long r = 0;
-    for (; r + ROWS <= n; r += ROWS) exponentials_of(job, ROWS, column + r, block, part, to + r * BLOCK, sums);
-    if (r < n) exponentials_of(job, n - r, column + r, block, part, to + r * BLOCK, sums);
-  }
+  for (long part = 0; part < BLOCK; part += PART)
+    for (long r = 0; r < n; r += ROWS)
+      exponentials_of(job, least(n - r, ROWS), column + r, block, part, to + r * BLOCK, sums);
 }
 
 // Where no shift was known (infinity), the largest logit of the row.
@@ -111,13 +100,12 @@ static void seek_tops(const Job *job, long block, float *tops) {
   float zeros[BLOCK] = {0};
   for (long part = 0; part < BLOCK; part += PART) {
     Floats most[VECTORS], logits[ROWS][VECTORS];
-    for (int v = 0; v < VECTORS; v++) most[v] = load(job->joins + block * BLOCK + part + v * LANES) * LOG2_E;
+    EACH(v, VECTORS) most[v] = load(job->joins + block * BLOCK + part + v * LANES) * LOG2_E;
     for (long column = 0; column < job->columns; column += ROWS) {
       logits_of(job, least(job->columns - column, ROWS), column, block, part, zeros, zeros, logits);
-      for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < VECTORS; v++) most[v] = chosen(most[v] > logits[r][v], most[v], logits[r][v]);
+      EACH(r, ROWS) EACH(v, VECTORS) most[v] = chosen(most[v] > logits[r][v], most[v], logits[r][v]);
     }
-    for (int v = 0; v < VECTORS; v++) {
+    EACH(v, VECTORS) {
       Floats known = load(tops + part + v * LANES);
       store(tops + part + v * LANES, chosen(known == INFINITY, most[v], known));
     }
