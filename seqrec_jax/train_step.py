@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from seqrec_jax.data.batches import Layout, Plan, batch_of, epoch_key, plan_epoch
-from seqrec_jax.optimizer import schedule, transform
+from seqrec_jax.optimizer import schedule, transform, update
 from seqrec_jax.programs import Kept, compiling
 from seqrec_jax.sharding import compiler_options, replicate, shardings_of, split_rows
 from seqrec_jax.systems import System, hparams_of
@@ -92,15 +92,13 @@ def _train_steps(loss: Callable, config: FrozenConfigDict, mesh: Mesh, total_ste
             state.params, state.state, batch, key, hparams, data
         )
         factor = schedule(config.train.schedule, state.step, total_steps, config.train.warmup_steps)
-        chain = transform(config.train, hparams, hparams["learning_rate"] * factor)
-        updates, optimizer = chain.update(gradients, state.optimizer, state.params)
-        params = jax.tree.map(jnp.add, state.params, updates)
-        finite = jnp.isfinite(value) & jnp.isfinite(sum(jnp.sum(g) for g in jax.tree.leaves(gradients)))
+        rate = hparams["learning_rate"] * factor
+        params, optimizer, finite = update(config.train, hparams, rate, mesh, gradients, state.optimizer, state.params)
         counts = {
             "loss": value,
             **metrics,
             "targets": (batch.targets_RxL > 0).sum(),
-            "bad_step": jnp.where(finite, NO_STEP, state.step),
+            "bad_step": jnp.where(finite & jnp.isfinite(value), NO_STEP, state.step),
         }
         return TrainState(state.step + 1, params, optimizer, extra), counts
 

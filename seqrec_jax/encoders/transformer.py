@@ -102,12 +102,12 @@ class Block(nn.Module):
     config: Any  # config.encoder, frozen
 
     @nn.compact
-    def __call__(self, x_NxD, visible_RxLxL, key, rate, cells_U=None):
+    def __call__(self, x_NxD, visible_RxLxL, keys, rate, cells_U=None):
         # Cells lie flat, N = R * L: XLA's CPU backend copies a three-dimensional operand of a weight's gradient.
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         norm = lambda name: nn.LayerNorm(config.norm_epsilon, dtype=jnp.float32, name=name)  # noqa: E731
         dense = lambda width, name: nn.Dense(width, kernel_init=nn.initializers.zeros, dtype=dtype, name=name)  # noqa: E731
-        keys = (None,) * 4 if key is None else jax.random.split(key, 4)
+        keys = (None,) * 4 if keys is None else keys
         heads, width = config.heads, config.dim // config.heads
         rows, length, _ = visible_RxLxL.shape
 
@@ -116,11 +116,11 @@ class Block(nn.Module):
 
         def project(x_NxD, *names):
             """[R, L, H, W] of each name, in one product."""
-            linear = [Linear(config.dim, name=name)(x_NxD.shape[-1]) for name in names]
-            kernel, bias = (jnp.concatenate(parts, axis=-1).astype(dtype) for parts in zip(*linear, strict=True))
+            kernels, biases = zip(*(Linear(config.dim, name=name)(x_NxD.shape[-1]) for name in names), strict=True)
+            product = x_NxD.astype(dtype) @ jnp.concatenate(kernels, axis=-1).astype(dtype)
             # Split, not indexed, so that their gradients are joined, not each padded and all added.
-            parts = jnp.split(x_NxD.astype(dtype) @ kernel + bias, len(names), axis=-1)
-            return [part.reshape(rows, length, heads, width) for part in parts]
+            parts = zip(jnp.split(product, len(names), axis=-1), biases, strict=True)
+            return [(part + bias.astype(dtype)).reshape(rows, length, heads, width) for part, bias in parts]
 
         if config.norm == "query":
             inputs = (*project(source, "query"), *project(others, "key", "value"))
@@ -162,18 +162,23 @@ class Transformer(nn.Module):
     def __call__(self, embedded_RxLxD, positions_RxL, segments_RxL, key, embedding_rate, hidden_rate, cells_U=None):
         config = self.config
         norm = lambda name: nn.LayerNorm(config.norm_epsilon, dtype=jnp.float32, name=name)  # noqa: E731
-        keys = [None] * (config.layers + 1) if key is None else jax.random.split(key, config.layers + 1)
+        key_input, keys = None, [None] * config.layers
+        if key is not None:
+            keys = jax.random.split(key, config.layers + 1)
+            key_input, keys = keys[0], jax.vmap(lambda key: jax.random.split(key, 4))(keys[1:])  # [layers, 4]
         places = config.max_length + config.user_token
         positions = self.param("positions", nn.initializers.zeros, (places, config.dim))
-        x = embedded_RxLxD * (config.dim**0.5 if config.scale_embedding else 1.0) + positions[positions_RxL]
+        # Flat from here on, so that the same program parts serve as in the blocks.
+        x = embedded_RxLxD.reshape(-1, config.dim) * (config.dim**0.5 if config.scale_embedding else 1.0)
+        x = x + positions[positions_RxL.reshape(-1)]
         x = norm("norm_input")(x) if config.input_norm else x
-        x = dropout(keys[0], x, embedding_rate).astype(config.dtype).reshape(-1, config.dim)
+        x = dropout(key_input, x, embedding_rate).astype(config.dtype)
         visible = (segments_RxL[:, :, None] == segments_RxL[:, None, :]) & (segments_RxL[:, None, :] > 0)
         if self.causal:
             visible &= jnp.tril(jnp.ones((visible.shape[1],) * 2, bool))
         for layer in range(config.layers):
             wanted_U = cells_U if layer == config.layers - 1 else None
-            x = Block(config, name=f"block_{layer}")(x, visible, keys[layer + 1], hidden_rate, wanted_U)
+            x = Block(config, name=f"block_{layer}")(x, visible, keys[layer], hidden_rate, wanted_U)
         x = norm("norm_output")(x) if config.final_norm else x
         return x.astype(jnp.float32).reshape(embedded_RxLxD.shape if cells_U is None else x.shape)
 
