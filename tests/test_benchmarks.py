@@ -142,7 +142,7 @@ def test_the_peer_has_duorecs_loss_and_gradient(model):
         return value, metrics["pairs"]
 
     (value, pairs), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    assert pairs == len(layout.length_E)
+    assert pairs == len(layout.class_E)
     copy.load_state_dict(weights_of(params, ITEMS))
     copy.zero_grad()
     ready = data.ready_batches(dataset, layout, 1) + data.same_target_batches(dataset, layout, 1)

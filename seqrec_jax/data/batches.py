@@ -145,13 +145,10 @@ class Layout:
     that every step holds about the same number of histories and the U axis has no slack to speak of.
     """
 
-    start_E: jax.Array
-    length_E: jax.Array
-    user_E: jax.Array
+    example_Ex3: jax.Array  # start, length, user
     class_E: jax.Array  # examples of one class may change places: their length if packed, else one class
     first_R1: jax.Array  # row r holds slots first_R1[r] .. first_R1[r + 1] - 1
-    rank_S: jax.Array  # slot s takes the example at this rank of the order by class
-    column_S: jax.Array
+    slot_Sx2: jax.Array  # the example at which rank of the order by class it takes; its column
     row_U: jax.Array  # U axis: row of the step
     nth_U: jax.Array  # U axis: which slot of that row
     steps: int = struct.field(pytree_node=False)
@@ -203,13 +200,10 @@ def make_layout(
     nth_U = np.arange(len(row_U)) - np.repeat(np.cumsum(most_J) - most_J, most_J)
     int32 = lambda array: jax.device_put(array.astype(np.int32))  # noqa: E731 (jnp.asarray would compile a program)
     return Layout(
-        start_E=int32(examples.start_E),
-        length_E=int32(examples.length_E),
-        user_E=int32(examples.user_E),
+        example_Ex3=int32(np.stack([examples.start_E, examples.length_E, examples.user_E], axis=1)),
         class_E=int32(class_E),
         first_R1=int32(first_R1),
-        rank_S=int32(rank_S[in_row_order]),
-        column_S=int32(column_S[in_row_order]),
+        slot_Sx2=int32(np.stack([rank_S, column_S], axis=1)[in_row_order]),
         row_U=int32(row_U),
         nth_U=int32(nth_U),
         steps=steps,
@@ -257,19 +251,20 @@ def plan_epoch(layout: Layout, key: jax.Array | None) -> Plan:
 
 def batch_of(items_A: jax.Array, layout: Layout, plan: Plan, step_in_epoch: jax.Array) -> Batch:
     """Gathers one step's batch on the device."""
+    # What is read at the same place lies together: a program compiles and runs one gather, not several.
     row_J = plan.row_TxJ[step_in_epoch]
-    slot_U = layout.first_R1[row_J][layout.row_U] + layout.nth_U
-    real_U = slot_U < layout.first_R1[row_J + 1][layout.row_U]
-    slot_U = jnp.where(real_U, slot_U, 0)
-    example_U = plan.order_E[layout.rank_S[slot_U]]
-    length_U = jnp.where(real_U, layout.length_E[example_U], 0)
+    begin_U, end_U = layout.first_R1[row_J[:, None] + jnp.arange(2)][layout.row_U].T
+    slot_U = begin_U + layout.nth_U
+    real_U = slot_U < end_U
+    rank_U, column_U = layout.slot_Sx2[jnp.where(real_U, slot_U, 0)].T
+    start_U, length_U, user_U = layout.example_Ex3[plan.order_E[rank_U]].T
     return rows_of(
         items_A,
-        users_U=jnp.where(real_U, layout.user_E[example_U], -1),
-        start_U=layout.start_E[example_U],
-        length_U=length_U,
+        users_U=jnp.where(real_U, user_U, -1),
+        start_U=start_U,
+        length_U=jnp.where(real_U, length_U, 0),
         row_U=layout.row_U,
-        column_U=jnp.where(real_U, layout.column_S[slot_U], 0),
+        column_U=jnp.where(real_U, column_U, 0),
         rows=layout.rows,
         width=layout.width,
         last_target_only=layout.last_target_only,
@@ -279,17 +274,16 @@ def batch_of(items_A: jax.Array, layout: Layout, plan: Plan, step_in_epoch: jax.
 
 def rows_of(items_A, *, users_U, start_U, length_U, row_U, column_U, rows, width, last_target_only, positions) -> Batch:
     """Writes histories, given by where they start in items_A, into their cells; those of a row come left to right."""
-    segments_RxL, offset_RxL = cells(row_U, column_U, length_U, rows, width)
+    segments_RxL, offset_RxL, length_RxL = cells(row_U, column_U, length_U, rows, width)
     real_RxL = segments_RxL > 0
-    owner_RxL = jnp.maximum(segments_RxL - 1, 0)
-    source_RxL = jnp.where(real_RxL, start_U[owner_RxL] + offset_RxL, 0)
-    length_RxL = length_U[owner_RxL]
+    source_RxL = jnp.where(real_RxL, start_U[jnp.maximum(segments_RxL - 1, 0)] + offset_RxL, 0)
     targeted_RxL = real_RxL & (offset_RxL == length_RxL - 1) if last_target_only else real_RxL
+    here_RxL, next_RxL = items_A[jnp.stack([source_RxL, jnp.minimum(source_RxL + 1, items_A.shape[0] - 1)])]
     return Batch(
-        items_RxL=jnp.where(real_RxL, items_A[source_RxL], 0),
+        items_RxL=jnp.where(real_RxL, here_RxL, 0),
         segments_RxL=segments_RxL,
         positions_RxL=position_ids(offset_RxL, length_RxL, width, positions),
-        targets_RxL=jnp.where(targeted_RxL, items_A[jnp.minimum(source_RxL + 1, items_A.shape[0] - 1)], 0),
+        targets_RxL=jnp.where(targeted_RxL, next_RxL, 0),
         users_U=users_U,
         start_U=start_U,
         length_U=length_U,
@@ -310,28 +304,30 @@ def histories_of(items_A: jax.Array, batch: Batch, *, with_target: bool = False)
 def place(items_UxL: jax.Array, length_U: jax.Array, batch: Batch, positions: str) -> Batch:
     """Writes other histories, none longer than the batch's own, into the batch's rows; without targets."""
     rows, width = batch.items_RxL.shape
-    segments_RxL, offset_RxL = cells(batch.row_U, batch.column_U, length_U, rows, width)
-    owner_RxL = jnp.maximum(segments_RxL - 1, 0)
+    segments_RxL, offset_RxL, length_RxL = cells(batch.row_U, batch.column_U, length_U, rows, width)
     return batch.replace(
-        items_RxL=jnp.where(segments_RxL > 0, items_UxL[owner_RxL, offset_RxL], 0),
+        items_RxL=jnp.where(segments_RxL > 0, items_UxL[jnp.maximum(segments_RxL - 1, 0), offset_RxL], 0),
         segments_RxL=segments_RxL,
-        positions_RxL=position_ids(offset_RxL, length_U[owner_RxL], width, positions),
+        positions_RxL=position_ids(offset_RxL, length_RxL, width, positions),
         targets_RxL=jnp.zeros_like(batch.targets_RxL),
         length_U=length_U,
     )
 
 
-def cells(row_U, column_U, length_U, rows: int, width: int) -> tuple[jax.Array, jax.Array]:
-    """(segments_RxL, offset_RxL): which history each cell belongs to (0 = none), and its place in that history."""
+def cells(row_U, column_U, length_U, rows: int, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(segments_RxL, offset_RxL, length_RxL): which history each cell belongs to (0 = none), its place in that history,
+    and that history's length (in padding, of any one).
+    """
     owner_U = jnp.where(length_U > 0, jnp.arange(1, length_U.shape[0] + 1), 0)
     # Set, and empty slots dropped: a maximum or sum would be divided among the devices, and on a mesh with two axes
     # that does not divide the slots, XLA (JAX 0.10 to 0.12) would write into the first row.
     begun_RxL = jnp.zeros((rows, width), jnp.int32)
     begun_RxL = begun_RxL.at[jnp.where(owner_U > 0, row_U, rows), column_U].set(owner_U, mode="drop")
     owner_RxL = jax.lax.cummax(begun_RxL, axis=1)
-    offset_RxL = jnp.arange(width) - column_U[jnp.maximum(owner_RxL - 1, 0)]
-    inside_RxL = (owner_RxL > 0) & (offset_RxL < length_U[jnp.maximum(owner_RxL - 1, 0)])
-    return jnp.where(inside_RxL, owner_RxL, 0), jnp.where(inside_RxL, offset_RxL, 0)
+    column_RxL, length_RxL = jnp.stack([column_U, length_U])[:, jnp.maximum(owner_RxL - 1, 0)]
+    offset_RxL = jnp.arange(width) - column_RxL
+    inside_RxL = (owner_RxL > 0) & (offset_RxL < length_RxL)
+    return jnp.where(inside_RxL, owner_RxL, 0), jnp.where(inside_RxL, offset_RxL, 0), length_RxL
 
 
 def position_ids(offset, length, width: int, positions: str) -> jax.Array:

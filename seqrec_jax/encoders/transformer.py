@@ -243,8 +243,7 @@ def append_user_token(batch: Batch, positions: str) -> Batch:
     """[UR] in the free cell behind every history, as its last item, at position L + 1 (CLUE, Section IV-C)."""
     rows, width = batch.items_RxL.shape
     length_U = jnp.where(batch.length_U > 0, batch.length_U + 1, 0)
-    segments_RxL, offset_RxL = cells(batch.row_U, batch.column_U, length_U, rows, width)
-    length_RxL = length_U[jnp.maximum(segments_RxL - 1, 0)]
+    segments_RxL, offset_RxL, length_RxL = cells(batch.row_U, batch.column_U, length_U, rows, width)
     is_token_RxL = (segments_RxL > 0) & (offset_RxL == length_RxL - 1)
     return batch.replace(
         items_RxL=jnp.where(is_token_RxL, USER_TOKEN, batch.items_RxL),
