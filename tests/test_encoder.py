@@ -9,6 +9,7 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from configs import base
+from seqrec_jax import native
 from seqrec_jax.data.batches import Batch
 from seqrec_jax.encoders import transformer
 
@@ -262,11 +263,25 @@ def test_the_table_has_room_for_padding_and_the_mask_and_divides():
         assert rows % 64 == 0 and items + 2 <= rows < items + 2 + 64
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_vector_is_split_into_its_parts(monkeypatch, kernel):
+    """In both forms, alone and side by side: in order, of any shape, among them none at all."""
+    if not kernel:
+        monkeypatch.setattr(native, "kernels", dict)
+    shapes = [(), (2, 3), (0, 4), (5,), (1, 1, 2), ()]
+    for dtype in (np.float32, np.uint32):
+        whole_2xN = np.arange(30).reshape(2, 15).astype(dtype)
+        found = jax.jit(jax.vmap(lambda vector: transformer.split(vector, shapes)))(whole_2xN)
+        assert [part.shape for part in found] == [(2, *shape) for shape in shapes]
+        np.testing.assert_array_equal(np.concatenate([part.reshape(2, -1) for part in found], axis=1), whole_2xN)
+        assert {part.dtype for part in found} == {np.dtype(dtype)}
+
+
 def test_dropout_zeroes_a_share_and_keeps_the_mean():
-    drop = jax.jit(transformer.dropout)
+    drop, (words,) = jax.jit(transformer.dropout), transformer.words_of(jax.random.split(jax.random.key(1), 1))
     x = np.full((200, 200), 3.0, np.float32)
     for rate in (0.0, 0.1, 0.5, 0.9):
-        y = np.asarray(drop(jax.random.key(1), x, rate))
+        y = np.asarray(drop(words, x, rate))
         assert abs((y == 0).mean() - rate) < 0.01 and y.mean() == pytest.approx(3, rel=0.03)
         np.testing.assert_allclose(y[y != 0], 3 / (1 - rate), rtol=1e-4)
     assert drop._cache_size() == 1
@@ -276,7 +291,8 @@ def test_dropout_zeroes_a_share_and_keeps_the_mean():
 def test_dropout_masks_are_independent():
     """Of neighbours, of cells a row or a feature apart, and of any two keys: correlations are those of chance."""
     ones, keys = np.ones((512, 64), np.float32), jax.random.split(jax.random.key(0), 12)
-    masks = np.array([np.sign(jax.jit(transformer.dropout)(key, ones, 0.5) - 0.5).ravel() for key in keys])
+    drop, words_K = jax.jit(transformer.dropout), transformer.words_of(keys)
+    masks = np.array([np.sign(drop(words, ones, 0.5) - 0.5).ravel() for words in words_K])
     chance = 5 / np.sqrt(ones.size)
     assert (np.abs(masks.mean(axis=1)) < chance).all()
     assert (np.abs(masks @ masks.T / ones.size - np.eye(12)) < chance).all()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from seqrec_jax.data.batches import Batch
-from seqrec_jax.encoders.transformer import dropout, initializer, last_states, table_rows
+from seqrec_jax.encoders.transformer import dropout, initializer, last_states, table_rows, words_of
 from seqrec_jax.errors import UserError
 
 
@@ -20,12 +20,12 @@ class GRU(nn.Module):
     @nn.compact
     def __call__(self, embedded_RxLxD, segments_RxL, key, embedding_rate, hidden_rate):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        keys = [None] * config.layers if key is None else jax.random.split(key, config.layers)
+        words = [None] * config.layers if key is None else words_of(jax.random.split(key, config.layers))
         begins_RxL = jnp.diff(segments_RxL, axis=1, prepend=0) != 0
         scan = nn.scan(_advance, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)
         x = embedded_RxLxD
         for layer in range(config.layers):
-            x = dropout(keys[layer], x, hidden_rate if layer else embedding_rate).astype(dtype)
+            x = dropout(words[layer], x, hidden_rate if layer else embedding_rate).astype(dtype)
             cell = nn.GRUCell(config.dim, dtype=dtype, name=f"layer_{layer}")
             _, x = scan(cell, jnp.zeros_like(x[:, 0]), (x, begins_RxL))
         return x.astype(jnp.float32)

@@ -1,5 +1,7 @@
 """Transformer over packed rows: a batch → hidden_RxLxD. Causal or bidirectional; published backbones by settings."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -8,26 +10,45 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from seqrec_jax import native
 from seqrec_jax.data.batches import Batch, cells, position_ids
 
 USER_TOKEN = -1  # stands for [UR] among a batch's items
+PLACES = 4  # where a block drops out: attention's weights, its output, the feed-forward's output, the filter's
 HIDE = -1e30  # added to attention scores of hidden cells; finite, so that a fully hidden row stays finite
 
 
-def dropout(key: jax.Array | None, x: jax.Array, rate: jax.Array) -> jax.Array:
-    """Zeroes entries with probability `rate` (a traced scalar) and scales the rest; key None: identity."""
-    if key is None:
+def dropout(words: tuple | None, x: jax.Array, rate: jax.Array) -> jax.Array:
+    """Zeroes entries with probability `rate` (a traced scalar) and scales the rest; None for `words_of` a key: none."""
+    if words is None:
         return x
-    kept = (_hash(key, x.size).reshape(x.shape) >> 8).astype(jnp.float32) >= jnp.float32(rate) * 2**24
+    kept = (_hash(words, x.size).reshape(x.shape) >> 8).astype(jnp.float32) >= jnp.float32(rate) * 2**24
     return jnp.where(kept, x / (1 - jnp.float32(rate)), 0).astype(x.dtype)
 
 
-def _hash(key: jax.Array, count: int) -> jax.Array:
-    """[count] uint32, the bits of a mask: each entry's number hashed with both words of the key (lowbias32, twice).
+def words_of(keys_K: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    """What dropout takes of each key: two numbers apart from the others, so that its program is the same everywhere."""
+    data_KxW = jax.random.key_data(keys_K)
+    width = data_KxW.shape[1]
+    words = split(data_KxW.reshape(-1), [()] * data_KxW.size)
+    return list(zip(words[::width], words[width - 1 :: width], strict=True))
+
+
+def split(vector: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
+    """Its parts, of 4 bytes an entry, as arrays. On a CPU a kernel copies them: XLA would compile a loop for each."""
+    if jax.default_backend() == "cpu" and (kernel := native.kernel("split")):
+        parts = [jax.ShapeDtypeStruct(shape, vector.dtype) for shape in shapes]
+        return jax.ffi.ffi_call(kernel, parts, vmap_method="sequential")(vector)
+    parts = jnp.split(vector, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _hash(words: tuple, count: int) -> jax.Array:
+    """[count] uint32, the bits of a mask: each entry's number hashed with both words of a key (lowbias32, twice).
 
     It fuses with what it masks, where threefry's bits took a twentieth of a training step on a CPU.
     """
-    first, *_, last = jax.random.key_data(key)
+    first, last = words
 
     def mixed(x):
         x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
@@ -42,14 +63,14 @@ def gelu(x: jax.Array) -> jax.Array:
     return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
-def attention(query_RxLxHxW, key_RxLxHxW, value_RxLxHxW, visible_RxLxL, key, rate) -> jax.Array:
+def attention(query_RxLxHxW, key_RxLxHxW, value_RxLxHxW, visible_RxLxL, words, rate) -> jax.Array:
     """[R, L, H, W]: softmax attention, with dropout on its probabilities."""
     width, dtype = query_RxLxHxW.shape[-1], query_RxLxHxW.dtype
     # Keys lie as [W, L], so that the product is a plain one: a third less time on a CPU.
     scores_RxHxLxL = query_RxLxHxW.swapaxes(1, 2) @ key_RxLxHxW.transpose(0, 2, 3, 1)
     scores_RxHxLxL = scores_RxHxLxL.astype(jnp.float32) / width**0.5
     weights = jax.nn.softmax(jnp.where(visible_RxLxL[:, None], scores_RxHxLxL, HIDE)).astype(dtype)
-    return (dropout(key, weights, rate) @ value_RxLxHxW.swapaxes(1, 2)).swapaxes(1, 2)
+    return (dropout(words, weights, rate) @ value_RxLxHxW.swapaxes(1, 2)).swapaxes(1, 2)
 
 
 def fused_attention(query_RxLxHxW, key_RxLxHxW, value_RxLxHxW, visible_RxLxL) -> jax.Array:
@@ -102,12 +123,12 @@ class Block(nn.Module):
     config: Any  # config.encoder, frozen
 
     @nn.compact
-    def __call__(self, x_NxD, visible_RxLxL, keys, rate, cells_U=None):
+    def __call__(self, x_NxD, visible_RxLxL, words, rate, cells_U=None):
         # Cells lie flat, N = R * L: XLA's CPU backend copies a three-dimensional operand of a weight's gradient.
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         norm = lambda name: nn.LayerNorm(config.norm_epsilon, dtype=jnp.float32, name=name)  # noqa: E731
         dense = lambda width, name: nn.Dense(width, kernel_init=nn.initializers.zeros, dtype=dtype, name=name)  # noqa: E731
-        keys = (None,) * 4 if keys is None else keys
+        words = words or (None,) * PLACES
         heads, width = config.heads, config.dim // config.heads
         rows, length, _ = visible_RxLxL.shape
 
@@ -129,23 +150,23 @@ class Block(nn.Module):
         if config.attention == "fused":
             mixed = fused_attention(*inputs, visible_RxLxL)
         else:
-            mixed = attention(*inputs, visible_RxLxL, keys[0], rate)
+            mixed = attention(*inputs, visible_RxLxL, words[0], rate)
         mixed = mixed.reshape(x_NxD.shape)
         pick = lambda y_NxD: y_NxD if cells_U is None else y_NxD[cells_U]  # noqa: E731 (what follows is cell by cell)
         residual = pick(source if config.norm == "query" else x_NxD)
         after = norm if config.norm == "post" else lambda _: lambda x: x
-        mixed = dropout(keys[1], dense(config.dim, "output")(pick(mixed)), rate)
+        mixed = dropout(words[1], dense(config.dim, "output")(pick(mixed)), rate)
         x_NxD = after("norm_attention")(residual + mixed)
         if config.filter:
             low = recent_mean(others, visible_RxLxL, config.filter_width)
             high_share = self.param("filter", nn.initializers.normal(1.0), (config.dim,)) ** 2
-            filtered = dropout(keys[3], pick(low + high_share.astype(dtype) * (others - low)), rate)
+            filtered = dropout(words[3], pick(low + high_share.astype(dtype) * (others - low)), rate)
             x_NxD = config.filter * after("norm_filter")(residual + filtered) + (1 - config.filter) * x_NxD
 
         source = norm("norm_ffn")(x_NxD) if config.norm in ("pre", "query") else x_NxD
         activation = jax.nn.relu if config.activation == "relu" else gelu
         inner = activation(dense(config.ffn, "inner")(source))
-        inner = dropout(keys[2], dense(config.dim, "outer")(inner), rate)
+        inner = dropout(words[2], dense(config.dim, "outer")(inner), rate)
         x_NxD = (source if config.norm == "query" else x_NxD) + inner
         return norm("norm_ffn")(x_NxD) if config.norm == "post" else x_NxD
 
@@ -162,23 +183,25 @@ class Transformer(nn.Module):
     def __call__(self, embedded_RxLxD, positions_RxL, segments_RxL, key, embedding_rate, hidden_rate, cells_U=None):
         config = self.config
         norm = lambda name: nn.LayerNorm(config.norm_epsilon, dtype=jnp.float32, name=name)  # noqa: E731
-        key_input, keys = None, [None] * config.layers
+        words = [None] * (1 + config.layers * PLACES)
         if key is not None:
-            keys = jax.random.split(key, config.layers + 1)
-            key_input, keys = keys[0], jax.vmap(lambda key: jax.random.split(key, 4))(keys[1:])  # [layers, 4]
+            key_input, *_ = keys = jax.random.split(key, config.layers + 1)
+            of_blocks = jax.vmap(lambda key: jax.random.split(key, PLACES))(keys[1:])
+            words = words_of(jnp.concatenate([key_input[None], of_blocks.reshape(-1)]))
         places = config.max_length + config.user_token
         positions = self.param("positions", nn.initializers.zeros, (places, config.dim))
         # Flat from here on, so that the same program parts serve as in the blocks.
         x = embedded_RxLxD.reshape(-1, config.dim) * (config.dim**0.5 if config.scale_embedding else 1.0)
         x = x + positions[positions_RxL.reshape(-1)]
         x = norm("norm_input")(x) if config.input_norm else x
-        x = dropout(key_input, x, embedding_rate).astype(config.dtype)
+        x = dropout(words[0], x, embedding_rate).astype(config.dtype)
         visible = (segments_RxL[:, :, None] == segments_RxL[:, None, :]) & (segments_RxL[:, None, :] > 0)
         if self.causal:
             visible &= jnp.tril(jnp.ones((visible.shape[1],) * 2, bool))
         for layer in range(config.layers):
             wanted_U = cells_U if layer == config.layers - 1 else None
-            x = Block(config, name=f"block_{layer}")(x, visible, keys[layer], hidden_rate, wanted_U)
+            of_block = words[1 + PLACES * layer :][:PLACES]
+            x = Block(config, name=f"block_{layer}")(x, visible, of_block, hidden_rate, wanted_U)
         x = norm("norm_output")(x) if config.final_norm else x
         return x.astype(jnp.float32).reshape(embedded_RxLxD.shape if cells_U is None else x.shape)
 
@@ -195,10 +218,10 @@ def drawn(key: jax.Array, params: dict, config: ConfigDict) -> dict:
     """`params` with new matrices, all from one vector: a draw for each takes twice as long to compile."""
     leaves, structure = jax.tree.flatten(params)
     places = [place for place, leaf in enumerate(leaves) if leaf.ndim == 2]
-    ends = np.cumsum([leaves[place].size for place in places])
-    parts = jnp.split(settled(initializer(config)(key, (ends[-1],))), ends[:-1])
-    for place, part in zip(places, parts, strict=True):
-        leaves[place] = part.reshape(leaves[place].shape)
+    shapes = [leaves[place].shape for place in places]
+    vector = initializer(config)(key, (sum(map(math.prod, shapes)),))
+    for place, part in zip(places, split(vector, shapes), strict=True):
+        leaves[place] = part
     return jax.tree.unflatten(structure, leaves)
 
 

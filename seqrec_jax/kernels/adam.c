@@ -15,23 +15,20 @@ typedef struct {
   atomic_bool *finite;
 } Job;
 
-static long shares_of(const XLA_FFI_Buffer *buffer, long *entries) {
-  *entries = 1;
-  for (long d = 0; d < buffer->rank; d++) *entries *= buffer->dims[d];
-  return (*entries + SHARE - 1) / SHARE;
-}
+static long shares_of(const XLA_FFI_Buffer *buffer) { return (entries_of(buffer) + SHARE - 1) / SHARE; }
 
 static void run(Tasks *tasks, long task) {
   const Job *job = (const Job *)tasks;
-  long array = 0, shares, entries;
-  for (; task >= (shares = shares_of(job->gradients[array], &entries)); array++) task -= shares;
+  long array = 0;
+  for (long shares; task >= (shares = shares_of(job->gradients[array])); array++) task -= shares;
   const float *from[3], *gradient = job->gradients[array]->data;
   float *to[3], nothing = 0, rate = job->rate, beta1 = job->beta1, beta2 = job->beta2;
   for (int k = 0; k < 3; k++) {
     from[k] = job->old[k * job->arrays + array]->data;
     to[k] = job->new[k * job->arrays + array]->data;
   }
-  for (long i = task * SHARE; i < least(entries, (task + 1) * SHARE); i++) {
+  long end = least(entries_of(job->gradients[array]), (task + 1) * SHARE);
+  for (long i = task * SHARE; i < end; i++) {
     float g = gradient[i];
     float first = to[1][i] = beta1 * from[1][i] + (1 - beta1) * g;
     float second = to[2][i] = beta2 * from[2][i] + (1 - beta2) * (g * g);
@@ -53,8 +50,7 @@ XLA_FFI_Error *adam(XLA_FFI_CallFrame *frame) {
   job->old = in + NUMBERS, job->gradients = job->old + 3 * job->arrays, job->new = out;
   job->finite = out[3 * job->arrays]->data;
   atomic_store(job->finite, true);
-  long entries;
-  for (long array = 0; array < job->arrays; array++) job->tasks.tasks += shares_of(job->gradients[array], &entries);
+  for (long array = 0; array < job->arrays; array++) job->tasks.tasks += shares_of(job->gradients[array]);
   job->tasks.run = run;
   run_all(frame, &job->tasks);
   return NULL;

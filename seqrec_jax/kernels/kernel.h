@@ -91,6 +91,12 @@ static void run_all(XLA_FFI_CallFrame *frame, Tasks *work) {
   leave(work);
 }
 
+static long entries_of(const XLA_FFI_Buffer *buffer) {
+  long entries = 1;
+  for (long d = 0; d < buffer->rank; d++) entries *= buffer->dims[d];
+  return entries;
+}
+
 // Whether XLA only asks which interface the kernel is written for.
 static bool is_asked(XLA_FFI_CallFrame *frame) {
   XLA_FFI_Metadata_Extension *asked = (void *)frame->extension_start;
