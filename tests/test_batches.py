@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seqrec_jax import native
 from seqrec_jax.data import batches
 from seqrec_jax.data.dataset import SequenceDataset
 
@@ -218,6 +219,29 @@ def test_packed_rows_hold_what_padded_rows_hold():
         for p in (True, False)
     )
     assert packed == padded
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_every_cell_belongs_to_the_history_that_lies_there(monkeypatch, kernel):
+    """In both forms, alone and side by side: with gaps, rows without a history, and places without one."""
+    if not kernel:
+        monkeypatch.setattr(native, "kernels", dict)
+    rng, rows, width, places = np.random.default_rng(0), 7, 9, 25
+    many = np.zeros((3, 3, places), np.int32)  # row, column, length
+    expected = np.zeros((2, 3, rows, width), np.int32)
+    lengths = np.zeros((3, rows, width), np.int32)
+    for number, (row_U, column_U, length_U) in enumerate(many):
+        row_U[:] = np.sort(rng.choice([0, 1, 2, 4, 5], places))
+        for u in range(places):
+            begin = 0 if u == 0 or row_U[u] != row_U[u - 1] else column_U[u - 1] + length_U[u - 1]
+            column_U[u] = min(begin + rng.integers(2), width - 1)
+            length_U[u] = min(rng.integers(4), width - column_U[u]) * (begin < width)
+            here = number, row_U[u], slice(column_U[u], column_U[u] + length_U[u])
+            expected[0][here], expected[1][here], lengths[here] = u + 1, np.arange(length_U[u]), length_U[u]
+    segments, offsets, found = jax.jit(jax.vmap(lambda x: batches.cells(*x, rows, width)))(many)
+    np.testing.assert_array_equal([segments, offsets], expected)
+    np.testing.assert_array_equal(np.where(segments > 0, found, 0), lengths)
+    assert (segments == 0).any() and (lengths > 1).any() and (found[segments == 0] >= 0).all()
 
 
 def test_positions_end_at_the_last_id_or_start_at_the_first():

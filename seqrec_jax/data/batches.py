@@ -13,6 +13,7 @@ from flax import struct
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from seqrec_jax import native
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.splits import trained_on
 
@@ -318,6 +319,9 @@ def cells(row_U, column_U, length_U, rows: int, width: int) -> tuple[jax.Array, 
     """(segments_RxL, offset_RxL, length_RxL): which history each cell belongs to (0 = none), its place in that history,
     and that history's length (in padding, of any one).
     """
+    if jax.default_backend() == "cpu" and (kernel := native.kernel("cells")):  # not for speed: it compiles sooner
+        shapes = [jax.ShapeDtypeStruct((rows, width), jnp.int32)] * 3
+        return jax.ffi.ffi_call(kernel, shapes, vmap_method="sequential")(row_U, column_U, length_U)
     owner_U = jnp.where(length_U > 0, jnp.arange(1, length_U.shape[0] + 1), 0)
     # Set, and empty slots dropped: a maximum or sum would be divided among the devices, and on a mesh with two axes
     # that does not divide the slots, XLA (JAX 0.10 to 0.12) would write into the first row.

@@ -83,10 +83,10 @@ def fused_attention(query_RxLxHxW, key_RxLxHxW, value_RxLxHxW, visible_RxLxL) ->
 
 
 def settled(tree):
-    """The same arrays. On a CPU a branch keeps them: XLA drops optimization barriers there and would work them out anew
-    for every element of every consumer (for attention's masks, a tenth of an evaluation).
+    """The same arrays. Where XLA makes them on a CPU, a branch keeps them: it drops optimization barriers and would
+    work them out anew for every element of every consumer (for attention's masks, a tenth of an evaluation).
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or native.kernels():
         return tree
     always = jax.tree.leaves(tree)[0].ravel()[0] > jnp.iinfo(jnp.int32).min
     return jax.lax.cond(always, lambda tree: tree, lambda tree: jax.tree.map(jnp.zeros_like, tree), tree)
