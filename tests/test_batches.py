@@ -232,10 +232,11 @@ def test_every_cell_belongs_to_the_history_that_lies_there(monkeypatch, kernel):
     lengths = np.zeros((3, rows, width), np.int32)
     for number, (row_U, column_U, length_U) in enumerate(many):
         row_U[:] = np.sort(rng.choice([0, 1, 2, 4, 5], places))
+        free = np.zeros(rows, int)
         for u in range(places):
-            begin = 0 if u == 0 or row_U[u] != row_U[u - 1] else column_U[u - 1] + length_U[u - 1]
-            column_U[u] = min(begin + rng.integers(2), width - 1)
-            length_U[u] = min(rng.integers(4), width - column_U[u]) * (begin < width)
+            column_U[u] = min(free[row_U[u]] + rng.integers(2), width - 1)
+            length_U[u] = min(rng.integers(4), width - column_U[u]) * (free[row_U[u]] <= column_U[u])
+            free[row_U[u]] = max(free[row_U[u]], column_U[u] + length_U[u])
             here = number, row_U[u], slice(column_U[u], column_U[u] + length_U[u])
             expected[0][here], expected[1][here], lengths[here] = u + 1, np.arange(length_U[u]), length_U[u]
     segments, offsets, found = jax.jit(jax.vmap(lambda x: batches.cells(*x, rows, width)))(many)
