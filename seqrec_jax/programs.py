@@ -41,19 +41,6 @@ class Kept:
     source: str  # a digest of all that they are made from, but for the arguments
     compiler: str  # a digest of what compiles a traced text: this package's options, versions, the machine
     mesh: Mesh
-    unwritten: list = dataclasses.field(default_factory=list)  # (file, what makes its content)
-
-    def write(self) -> None:
-        """What was made since the last call: for a time at which nobody waits. What cannot be written is told."""
-        while self.unwritten:
-            file, content = self.unwritten.pop(0)
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                part = file.with_name(f"{file.name}.{os.getpid()}.part")
-                part.write_bytes(content())
-                os.replace(part, file)
-            except Exception as error:  # from pickle, XLA or the disk; the run needs none of them
-                log.warning("%s cannot be written (%s): the next start compiles it anew", file, _line(error))
 
 
 def kept(system: System, config: ConfigDict, mesh: Mesh, data_hash: str) -> Kept | None:
@@ -71,8 +58,7 @@ def kept(system: System, config: ConfigDict, mesh: Mesh, data_hash: str) -> Kept
 
 def compiling(name: str, lower: Callable[[], jax.stages.Lowered], arguments: tuple, kept: Kept | None = None) -> Future:
     """The program that `lower` traces for `arguments` (jax.stages.Compiled), from its file or compiled, which is done
-    in a thread while the caller goes on; logs how long that took. A file that cannot be used is reported and made anew;
-    new ones wait for `kept.write`.
+    in a thread while the caller goes on; logs how long that took. A file that cannot be used is reported and made anew.
     """
     began = time.perf_counter()
     pointer = kept and kept.folder / f"{_stem(name)}-{_digest(kept.source, *_shapes(arguments))}.name"
@@ -109,8 +95,8 @@ def _made(name, began, lowered, pointer, kept):
         if not program:
             with _no_cache:
                 program = lowered.compile()
-            kept.unwritten.append((file, lambda: pickle.dumps(serialize_executable.serialize(program))))
-        kept.unwritten.append((pointer, file.name.encode))
+            _keep(file, lambda: pickle.dumps(serialize_executable.serialize(program)))
+        _keep(pointer, file.name.encode)
     times = traced - began, time.perf_counter() - traced
     log.info("%s: traced in %.1f s, compiled in %.1f s%s", name, *times, _memory(program))
     return program
@@ -160,6 +146,16 @@ def _load(file: Path, kept: Kept):
     except Exception as error:  # of many kinds, from pickle to XLA
         log.warning("%s cannot be used (%s): compiled anew", file, _line(error))
         return None
+
+
+def _keep(file: Path, content: Callable[[], bytes]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f"{file.name}.{os.getpid()}.part")
+        part.write_bytes(content())
+        os.replace(part, file)
+    except Exception as error:  # from pickle, XLA or the disk; the run needs none of them
+        log.warning("%s cannot be written (%s): the next start compiles it anew", file, _line(error))
 
 
 def _line(error: Exception) -> str:

@@ -154,8 +154,6 @@ def train(
             until = min(total, *((step // every + 1) * every for every in bounds))
             read_at = read_at if unread else time.perf_counter()
             state, sums = program.run(state, step, until)
-            if kept:
-                kept.write()  # while the devices are at work
             if unread:  # while the next steps are computed (of several processes, after them: what they agree on waits)
                 read(unread)
             unread, step = (sums, step, until), until

@@ -31,6 +31,11 @@ def test_they_are_compiled_once_and_found_afterwards(tmp_path):
     assert native.start(folder) == (file, None)
 
 
+def test_who_does_not_train_does_not_wait_for_them(tmp_path):
+    assert native.at_hand("cells") is None and not (tmp_path / "cache").exists()
+    assert native.kernel("cells") == native.at_hand("cells")
+
+
 @pytest.mark.parametrize("compiler", ["/no/such/compiler", "false"])
 def test_without_a_compiler_it_says_so(monkeypatch, caplog, tmp_path, compiler):
     monkeypatch.setenv("CC", compiler)

@@ -109,7 +109,6 @@ def keep(parts, caplog):
         caplog.clear()
         lower = functools.partial(jax.jit(lambda x: function(x)).lower, x)
         program = programs.compiling("a sum", lower, (x,), dataclasses.replace(kept, **changes)).result()
-        kept.write()
         return program(x), caplog.text
 
     return compile_
@@ -139,7 +138,6 @@ def test_a_program_takes_arguments_that_it_does_not_read_in_their_shapes_alone(p
         lower = functools.partial(function.lower, *arguments)
         changed = dataclasses.replace(kept, source=f"a config with {length}")
         assert programs.compiling("one more", lower, arguments, changed).result()(*arguments) == 2
-        changed.write()
 
 
 def test_a_damaged_file_is_told_and_made_anew(keep, tmp_path):
@@ -176,8 +174,6 @@ def test_a_kept_training_step_is_the_traced_one(parts, caplog):
         start = train_step.Start(system, config, mesh)
         program = train_step.compile_program(system, config, mesh, layout, 5, start, kept)
         program.wait()
-        if kept:
-            kept.write()
         return *jax.device_get(program.run(state, 0, 3)), caplog.text.count("found in")
 
     (plain, sums, _), *others = [after_three_steps(kept) for kept in (None, *[programs.kept(*parts)] * 2)]
@@ -194,9 +190,7 @@ def test_kept_programs_serve_every_seed(parts, tmp_path):
         other = config.copy_and_resolve_references()
         with other.unlocked():
             other.seed = seed
-        kept = programs.kept(system, other, mesh, data)
-        state = train_step.init_state(system, other, mesh, kept)
-        kept.write()
+        state = train_step.init_state(system, other, mesh, programs.kept(system, other, mesh, data))
         expected = jax.jit(system.init)(jax.random.fold_in(jax.random.key(seed), 1))
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), state.params, expected)
         files.append(sorted(tmp_path.rglob("*.program")))
@@ -239,8 +233,6 @@ def test_what_is_donated_stays_donated(parts, caplog):
         given = x + turn
         caplog.clear()
         lower = functools.partial(jax.jit(lambda x: x + 1, donate_argnums=0).lower, given)
-        kept = programs.kept(*parts)
-        program = programs.compiling("one more", lower, (given,), kept).result()
-        kept.write()
+        program = programs.compiling("one more", lower, (given,), programs.kept(*parts)).result()
         np.testing.assert_array_equal(program(given), np.arange(8) + turn + 1)
         assert given.is_deleted() and told in caplog.text

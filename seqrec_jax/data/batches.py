@@ -319,7 +319,7 @@ def cells(row_U, column_U, length_U, rows: int, width: int) -> tuple[jax.Array, 
     """(segments_RxL, offset_RxL, length_RxL): which history each cell belongs to (0 = none), its place in that history,
     and that history's length (in padding, of any one).
     """
-    if jax.default_backend() == "cpu" and (kernel := native.kernel("cells")):  # not for speed: it compiles sooner
+    if jax.default_backend() == "cpu" and (kernel := native.at_hand("cells")):  # not for speed: it compiles sooner
         shapes = [jax.ShapeDtypeStruct((rows, width), jnp.int32)] * 3
         return jax.ffi.ffi_call(kernel, shapes, vmap_method="sequential")(row_U, column_U, length_U)
     owner_U = jnp.where(length_U > 0, jnp.arange(1, length_U.shape[0] + 1), 0)

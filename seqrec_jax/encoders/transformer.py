@@ -36,7 +36,7 @@ def words_of(keys_K: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
 
 def split(vector: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
     """Its parts, of 4 bytes an entry, as arrays. On a CPU a kernel copies them: XLA would compile a loop for each."""
-    if jax.default_backend() == "cpu" and (kernel := native.kernel("split")):
+    if jax.default_backend() == "cpu" and (kernel := native.at_hand("split")):
         parts = [jax.ShapeDtypeStruct(shape, vector.dtype) for shape in shapes]
         return jax.ffi.ffi_call(kernel, parts, vmap_method="sequential")(vector)
     parts = jnp.split(vector, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
@@ -86,7 +86,7 @@ def settled(tree):
     """The same arrays. Where XLA makes them on a CPU, a branch keeps them: it drops optimization barriers and would
     work them out anew for every element of every consumer (for attention's masks, a tenth of an evaluation).
     """
-    if jax.default_backend() != "cpu" or native.kernels():
+    if jax.default_backend() != "cpu" or native.at_hand("cells"):
         return tree
     always = jax.tree.leaves(tree)[0].ravel()[0] > jnp.iinfo(jnp.int32).min
     return jax.lax.cond(always, lambda tree: tree, lambda tree: jax.tree.map(jnp.zeros_like, tree), tree)
