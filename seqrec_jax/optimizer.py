@@ -40,10 +40,11 @@ def decayed(params) -> dict:
 def update(train: ConfigDict, hparams: dict, rate: jax.Array, mesh: Mesh, gradients, state, params) -> tuple[Any, ...]:
     """(params, state of `transform`, whether all gradients are finite) after one step.
 
-    On one CPU a kernel does plain Adam (kernels/adam.c): one pass for all arrays, where XLA makes three for each, and
-    compiles a fifth of a training step for them.
+    On one CPU a kernel does plain Adam (kernels/adam.c): one pass for all arrays, where XLA makes three for each, which
+    are a fifth of what it compiles for a training step.
     """
     plain = train.optimizer == "adam" and not train.clip_norm and not train.weight_decay
+    plain &= all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     if plain and mesh.size == 1 and jax.default_backend() == "cpu" and (kernel := native.kernel("adam")):
         return _in_one_pass(kernel, hparams, rate, gradients, state, params)
     updates, state = transform(train, hparams, rate).update(gradients, state, params)

@@ -314,14 +314,20 @@ def test_nothing_held_out_is_read(case):
 def test_some_steps_lower_every_objective(case):
     hparams, params, data, step = case
     hparams, adam = hparams | off(*STILL), optax.adam(0.01)
-    start = step(params, hparams, jax.random.key(0), data)[1]
+    params = jax.tree.map(lambda x: x / 5, params)  # as drawn: sharper scores would depend on the last digit
+
+    def objectives(params):  # the mean over some draws of masks, segments and negatives
+        found = [step(params, hparams, jax.random.key(seed), data)[1] for seed in range(100, 120)]
+        return jax.tree.map(lambda *values: float(sum(values)) / len(values), *found)
+
+    start = objectives(params)
     state = adam.init(params)
     update = jax.jit(lambda gradient, state, params: (lambda u, s: (optax.apply_updates(params, u), s))(
         *adam.update(gradient, state)))  # fmt: skip
     for seed in range(1, 81):
         params, state = update(step(params, hparams, jax.random.key(seed), data)[2], state, params)
-    end = step(params, hparams, jax.random.key(0), data)[1]
-    assert {name: float(end[name]) < float(start[name]) for name in end} == dict.fromkeys(end, True)
+    end = objectives(params)
+    assert {name: end[name] < start[name] for name in end} == dict.fromkeys(end, True)
 
 
 def test_views_are_encoded_like_histories_of_their_own():
