@@ -13,6 +13,7 @@ from flax import struct
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from seqrec_jax import native
 from seqrec_jax.data.batches import Layout, Plan, batch_of, epoch_key, plan_epoch
 from seqrec_jax.optimizer import schedule, transform, update
 from seqrec_jax.programs import Kept, compiling
@@ -36,6 +37,9 @@ class Start:
     """The state that a run starts with, to be: shapes without values, and a program that computes the values."""
 
     def __init__(self, system: System, config: ConfigDict, mesh: Mesh):
+        if mesh.devices.flat[0].platform == "cpu":
+            native.kernels()  # who trains asks for them, before anything is traced
+
         def initial_state(seed):
             params = system.init(jax.random.fold_in(jax.random.key(seed), 1))
             return TrainState(

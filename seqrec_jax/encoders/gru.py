@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from seqrec_jax.data.batches import Batch
-from seqrec_jax.encoders.transformer import dropout, initializer, last_states, table_rows, words_of
+from seqrec_jax.encoders.sublayer import dropout
+from seqrec_jax.encoders.transformer import initializer, last_states, table_rows, words_of
 from seqrec_jax.errors import UserError
 
 

@@ -12,18 +12,10 @@ from ml_collections import ConfigDict
 
 from seqrec_jax import native
 from seqrec_jax.data.batches import Batch, cells, position_ids
+from seqrec_jax.encoders.sublayer import Form, dropout, layer_norm, sublayer
 
 USER_TOKEN = -1  # stands for [UR] among a batch's items
 PLACES = 4  # where a block drops out: attention's weights, its output, the feed-forward's output, the filter's
-HIDE = -1e30  # added to attention scores of hidden cells; finite, so that a fully hidden row stays finite
-
-
-def dropout(words: tuple | None, x: jax.Array, rate: jax.Array) -> jax.Array:
-    """Zeroes entries with probability `rate` (a traced scalar) and scales the rest; None for `words_of` a key: none."""
-    if words is None:
-        return x
-    kept = (_hash(words, x.size).reshape(x.shape) >> 8).astype(jnp.float32) >= jnp.float32(rate) * 2**24
-    return jnp.where(kept, x / (1 - jnp.float32(rate)), 0).astype(x.dtype)
 
 
 def words_of(keys_K: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
@@ -41,45 +33,6 @@ def split(vector: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Arra
         return jax.ffi.ffi_call(kernel, parts, vmap_method="sequential")(vector)
     parts = jnp.split(vector, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _hash(words: tuple, count: int) -> jax.Array:
-    """[count] uint32, the bits of a mask: each entry's number hashed with both words of a key (lowbias32, twice).
-
-    It fuses with what it masks, where threefry's bits took a twentieth of a training step on a CPU.
-    """
-    first, last = words
-
-    def mixed(x):
-        x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
-        x = (x ^ (x >> 15)) * jnp.uint32(0x735A2D97)
-        return x ^ (x >> 15)
-
-    return mixed(mixed(jax.lax.iota(jnp.uint32, count) + first) ^ last)
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution function, by erf as published: jax.nn.gelu's erfc takes twice the time."""
-    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
-
-
-def attention(query_RxLxHxW, key_RxLxHxW, value_RxLxHxW, visible_RxLxL, words, rate) -> jax.Array:
-    """[R, L, H, W]: softmax attention, with dropout on its probabilities."""
-    width, dtype = query_RxLxHxW.shape[-1], query_RxLxHxW.dtype
-    # Keys lie as [W, L], so that the product is a plain one: a third less time on a CPU.
-    scores_RxHxLxL = query_RxLxHxW.swapaxes(1, 2) @ key_RxLxHxW.transpose(0, 2, 3, 1)
-    scores_RxHxLxL = scores_RxHxLxL.astype(jnp.float32) / width**0.5
-    weights = jax.nn.softmax(jnp.where(visible_RxLxL[:, None], scores_RxHxLxL, HIDE)).astype(dtype)
-    return (dropout(words, weights, rate) @ value_RxLxHxW.swapaxes(1, 2)).swapaxes(1, 2)
-
-
-def fused_attention(query_RxLxHxW, key_RxLxHxW, value_RxLxHxW, visible_RxLxL) -> jax.Array:
-    """Attention in one kernel: cuDNN's on a GPU in bfloat16, else XLA's. It has no dropout on its probabilities."""
-    fast = jax.default_backend() == "gpu" and query_RxLxHxW.dtype == jnp.bfloat16
-    return jax.nn.dot_product_attention(
-        query_RxLxHxW, key_RxLxHxW, value_RxLxHxW, mask=visible_RxLxL[:, None],
-        implementation="cudnn" if fast else "xla",
-    )  # fmt: skip
 
 
 def settled(tree):
@@ -111,6 +64,14 @@ class Linear(nn.Module):
         return kernel, self.param("bias", nn.initializers.zeros, (self.width,))
 
 
+class Norm(nn.Module):
+    """Scale and bias of a nn.LayerNorm, without its work."""
+
+    @nn.compact
+    def __call__(self, width: int):
+        return self.param("scale", nn.initializers.ones, (width,)), self.param("bias", nn.initializers.zeros, (width,))
+
+
 class Block(nn.Module):
     """Self-attention and feed-forward with residuals (post-, pre- or query-norm); `cells_U`: for these cells alone.
 
@@ -124,51 +85,35 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_NxD, visible_RxLxL, words, rate, cells_U=None):
-        # Cells lie flat, N = R * L: XLA's CPU backend copies a three-dimensional operand of a weight's gradient.
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
-        norm = lambda name: nn.LayerNorm(config.norm_epsilon, dtype=jnp.float32, name=name)  # noqa: E731
-        dense = lambda width, name: nn.Dense(width, kernel_init=nn.initializers.zeros, dtype=dtype, name=name)  # noqa: E731
-        words = words or (None,) * PLACES
-        heads, width = config.heads, config.dim // config.heads
-        rows, length, _ = visible_RxLxL.shape
+        config, dim = self.config, self.config.dim
+        of_weights, of_attention, of_ffn, of_filter = words or (None,) * PLACES
+        attention = Form(config.norm, config.norm_epsilon, "", config.heads, config.attention == "fused", config.dtype)
+        feed_forward = Form(config.norm, config.norm_epsilon, config.activation, dtype=config.dtype)
 
-        source = norm("norm_attention")(x_NxD) if config.norm in ("pre", "query") else x_NxD
-        others = x_NxD if config.norm == "query" else source
-
-        def project(x_NxD, *names):
-            """[R, L, H, W] of each name, in one product."""
-            kernels, biases = zip(*(Linear(config.dim, name=name)(x_NxD.shape[-1]) for name in names), strict=True)
-            product = x_NxD.astype(dtype) @ jnp.concatenate(kernels, axis=-1).astype(dtype)
-            # Split, not indexed, so that their gradients are joined, not each padded and all added.
-            parts = zip(jnp.split(product, len(names), axis=-1), biases, strict=True)
-            return [(part + bias.astype(dtype)).reshape(rows, length, heads, width) for part, bias in parts]
-
-        if config.norm == "query":
-            inputs = (*project(source, "query"), *project(others, "key", "value"))
-        else:
-            inputs = project(source, "query", "key", "value")
-        if config.attention == "fused":
-            mixed = fused_attention(*inputs, visible_RxLxL)
-        else:
-            mixed = attention(*inputs, visible_RxLxL, words[0], rate)
-        mixed = mixed.reshape(x_NxD.shape)
-        pick = lambda y_NxD: y_NxD if cells_U is None else y_NxD[cells_U]  # noqa: E731 (what follows is cell by cell)
-        residual = pick(source if config.norm == "query" else x_NxD)
-        after = norm if config.norm == "post" else lambda _: lambda x: x
-        mixed = dropout(words[1], dense(config.dim, "output")(pick(mixed)), rate)
-        x_NxD = after("norm_attention")(residual + mixed)
+        before, norm = x_NxD, Norm(name="norm_attention")(dim)
+        inner = tuple(Linear(dim, name=name)(dim) for name in ("query", "key", "value"))
+        outer = Linear(dim, name="output")(dim)
+        x_NxD = sublayer(
+            attention, before, visible_RxLxL, norm, inner, outer, (of_attention, of_weights), rate, cells_U
+        )
         if config.filter:
+            source = before if config.norm == "post" else layer_norm(before, *norm, config.norm_epsilon)
+            others, residual = (
+                before if config.norm == "query" else source,
+                source if config.norm == "query" else before,
+            )
+            pick = lambda y_NxD: y_NxD if cells_U is None else y_NxD[cells_U]  # noqa: E731
             low = recent_mean(others, visible_RxLxL, config.filter_width)
-            high_share = self.param("filter", nn.initializers.normal(1.0), (config.dim,)) ** 2
-            filtered = dropout(words[3], pick(low + high_share.astype(dtype) * (others - low)), rate)
-            x_NxD = config.filter * after("norm_filter")(residual + filtered) + (1 - config.filter) * x_NxD
+            high_share = self.param("filter", nn.initializers.normal(1.0), (dim,)) ** 2
+            filtered = pick(low + high_share.astype(config.dtype) * (others - low))
+            filtered = pick(residual) + dropout(of_filter, filtered, rate)
+            if config.norm == "post":
+                filtered = layer_norm(filtered, *Norm(name="norm_filter")(dim), config.norm_epsilon)
+            x_NxD = config.filter * filtered + (1 - config.filter) * x_NxD
 
-        source = norm("norm_ffn")(x_NxD) if config.norm in ("pre", "query") else x_NxD
-        activation = jax.nn.relu if config.activation == "relu" else gelu
-        inner = activation(dense(config.ffn, "inner")(source))
-        inner = dropout(words[2], dense(config.dim, "outer")(inner), rate)
-        x_NxD = (source if config.norm == "query" else x_NxD) + inner
-        return norm("norm_ffn")(x_NxD) if config.norm == "post" else x_NxD
+        norm = Norm(name="norm_ffn")(dim)
+        inner, outer = (Linear(config.ffn, name="inner")(dim),), Linear(dim, name="outer")(config.ffn)
+        return sublayer(feed_forward, x_NxD, None, norm, inner, outer, (of_ffn,), rate)
 
 
 class Transformer(nn.Module):
@@ -182,7 +127,7 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, embedded_RxLxD, positions_RxL, segments_RxL, key, embedding_rate, hidden_rate, cells_U=None):
         config = self.config
-        norm = lambda name: nn.LayerNorm(config.norm_epsilon, dtype=jnp.float32, name=name)  # noqa: E731
+        norm = lambda name, x: layer_norm(x, *Norm(name=name)(config.dim), config.norm_epsilon)  # noqa: E731
         words = [None] * (1 + config.layers * PLACES)
         if key is not None:
             key_input, *_ = keys = jax.random.split(key, config.layers + 1)
@@ -193,7 +138,7 @@ class Transformer(nn.Module):
         # Flat from here on, so that the same program parts serve as in the blocks.
         x = embedded_RxLxD.reshape(-1, config.dim) * (config.dim**0.5 if config.scale_embedding else 1.0)
         x = x + positions[positions_RxL.reshape(-1)]
-        x = norm("norm_input")(x) if config.input_norm else x
+        x = norm("norm_input", x) if config.input_norm else x
         x = dropout(words[0], x, embedding_rate).astype(config.dtype)
         visible = (segments_RxL[:, :, None] == segments_RxL[:, None, :]) & (segments_RxL[:, None, :] > 0)
         if self.causal:
@@ -202,7 +147,7 @@ class Transformer(nn.Module):
             wanted_U = cells_U if layer == config.layers - 1 else None
             of_block = words[1 + PLACES * layer :][:PLACES]
             x = Block(config, name=f"block_{layer}")(x, visible, of_block, hidden_rate, wanted_U)
-        x = norm("norm_output")(x) if config.final_norm else x
+        x = norm("norm_output", x) if config.final_norm else x
         return x.astype(jnp.float32).reshape(embedded_RxLxD.shape if cells_U is None else x.shape)
 
 

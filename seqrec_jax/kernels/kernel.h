@@ -22,6 +22,7 @@ enum { BLOCK = 64, ROWS = 6, PART = LANES * VECTORS };  // ROWS x VECTORS sums s
 
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t Whole __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4)));
 #define INLINE static inline __attribute__((always_inline))
 // Written out, so that what the loop sums up is in registers.
 #define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < n; i++)
@@ -44,6 +45,45 @@ INLINE void multiply(int n, int vectors, long depth, const float *a, long a_row,
     EACH(v, vectors) x[v] = load(b + k * b_k + v * LANES);
     EACH(r, ROWS) EACH(v, vectors) sums[r][v] += row[r][k * a_k] * x[v];
   }
+}
+
+INLINE void add_part(int n, int vectors, long depth, const float *a, long a_row, long a_k, const float *b, long b_k,
+                     float *c, long c_row) {
+  Floats sums[ROWS][VECTORS];
+  EACH(r, ROWS) EACH(v, vectors) sums[r][v] = load(c + least(r, n - 1) * c_row + v * LANES);
+  multiply(n, vectors, depth, a, a_row, a_k, b, b_k, sums, a + ROWS * a_row, c + ROWS * c_row);
+  EACH(r, ROWS) EACH(v, vectors) if (r < n) store(c + r * c_row + v * LANES, sums[r][v]);
+}
+
+// c [rows, width] += a [rows, depth] b [depth, width]; steps from one row to the next, and along a's rows. The width is
+// a multiple of LANES.
+static void add_product(long rows, long width, long depth, const float *a, long a_row, long a_k, const float *b,
+                        long b_row, float *c, long c_row) {
+  for (long w = 0; w < width; w += PART)
+    for (long r = 0; r < rows; r += ROWS) {
+      const float *a_r = a + r * a_row;
+      float *c_r = c + r * c_row;
+      if (w + PART > width)
+        for (long v = w; v < width; v += LANES)
+          add_part(least(rows - r, ROWS), 1, depth, a_r, a_row, a_k, b + v, b_row, c_r + v, c_row);
+      else
+        add_part(least(rows - r, ROWS), VECTORS, depth, a_r, a_row, a_k, b + w, b_row, c_r + w, c_row);
+    }
+}
+
+static const float LOG2_E = 1.44269504f;
+
+// 2^x, within 3e-7 of itself; 0 up to 2^-126; x < 128, and what is not a number stays so. Whole powers are added to the
+// exponent of a polynomial.
+INLINE Floats power_of_2(Floats x) {
+  Floats shifted = x + 0x1.8p23f;
+  Floats r = x - (shifted - 0x1.8p23f);
+  Floats p = 1.32764713e-3f * r + 9.67554096e-3f;
+  p = p * r + 5.55071309e-2f;
+  p = p * r + 2.40221202e-1f;
+  p = p * r + 6.93146944e-1f;
+  p = p * r + 1.0f;
+  return (Floats)(((Whole)p + ((Whole)shifted << 23)) & ~(x <= -126.0f));
 }
 
 // Tasks 0 .. tasks - 1, which threads begin in this order. The first member of what a kernel knows of its work.

@@ -7,42 +7,7 @@
 #include "kernel.h"
 
 enum { TILE = 48 };
-static const float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
-
-// 2^x, within 3e-7 of itself; 0 up to 2^-126; x < 128, and what is not a number stays so. Whole powers are added to the exponent of a polynomial.
-INLINE Floats power_of_2(Floats x) {
-  Floats shifted = x + 0x1.8p23f;
-  Floats r = x - (shifted - 0x1.8p23f);
-  Floats p = 1.32764713e-3f * r + 9.67554096e-3f;
-  p = p * r + 5.55071309e-2f;
-  p = p * r + 2.40221202e-1f;
-  p = p * r + 6.93146944e-1f;
-  p = p * r + 1.0f;
-  return (Floats)(((Whole)p + ((Whole)shifted << 23)) & ~(x <= -126.0f));
-}
-
-INLINE void add_part(int n, int vectors, long depth, const float *a, long a_row, long a_k, const float *b, long b_k,
-                     float *c, long c_row) {
-  Floats sums[ROWS][VECTORS];
-  EACH(r, ROWS) EACH(v, vectors) sums[r][v] = load(c + least(r, n - 1) * c_row + v * LANES);
-  multiply(n, vectors, depth, a, a_row, a_k, b, b_k, sums, a + ROWS * a_row, c + ROWS * c_row);
-  EACH(r, ROWS) EACH(v, vectors) if (r < n) store(c + r * c_row + v * LANES, sums[r][v]);
-}
-
-// c [rows, width] += a [rows, depth] b [depth, width].
-static void add_product(long rows, long width, long depth, const float *a, long a_row, long a_k, const float *b,
-                        float *c) {
-  for (long w = 0; w < width; w += PART)
-    for (long r = 0; r < rows; r += ROWS) {
-      const float *a_r = a + r * a_row;
-      float *c_r = c + r * width;
-      if (w + PART > width)
-        for (long v = w; v < width; v += LANES)
-          add_part(least(rows - r, ROWS), 1, depth, a_r, a_row, a_k, b + v, width, c_r + v, width);
-      else
-        add_part(least(rows - r, ROWS), VECTORS, depth, a_r, a_row, a_k, b + w, width, c_r + w, width);
-    }
-}
+static const float LN_2 = 0.693147181f;
 
 typedef struct {
   Tasks tasks;
@@ -132,7 +97,7 @@ static void add_up_columns(const Job *job, long block, float *kept) {
     long n = least(job->columns - column, TILE);
     float *e = kept ? kept + column * BLOCK : tile;
     exponentials(job, column, n, block, e, sums);
-    add_product(BLOCK, dim, n, e, 1, BLOCK, job->table + column * dim, pull);
+    add_product(BLOCK, dim, n, e, 1, BLOCK, job->table + column * dim, dim, pull, dim);
   }
   for (long m = 0; m < BLOCK; m++) {
     float share = 1 / sums[m], counts = first + m < job->count ? share : 0;
@@ -153,7 +118,7 @@ static void add_up_rows(const Job *job, long first, long last, long column) {
       exponentials(job, column, n, block, tile, sums);
       e = tile;
     }
-    add_product(n, dim, BLOCK, e, BLOCK, 1, job->shares + block * BLOCK * dim, d_table);
+    add_product(n, dim, BLOCK, e, BLOCK, 1, job->shares + block * BLOCK * dim, dim, d_table, dim);
   }
 }
 
