@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from seqrec_jax import ranking
+from seqrec_jax import native, ranking
 from seqrec_jax.data.batches import Batch, Layout, batch_of, history_examples, layout_of, plan_epoch
 from seqrec_jax.data.dataset import SequenceDataset, first_occurrences
 from seqrec_jax.data.files import read_bytes
@@ -85,6 +85,7 @@ class Unjudged:
 
 def make_evaluator(dataset: SequenceDataset, config: ConfigDict, split: str, mesh: Mesh) -> Evaluator | Unjudged:
     """The evaluator of `split` (valid or test) under the config's protocol."""
+    native.ask(mesh)
     protocol, held_out = protocol_of(config), HELD_OUT[split]
     examples = history_examples(dataset, held_out, config.encoder.max_length)
     if not len(examples.user_E):  # nor looked at by the analysis, which takes such users, too

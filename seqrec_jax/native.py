@@ -58,8 +58,14 @@ def kernel(name: str) -> str | None:
     return kernels().get(name)
 
 
+def ask(mesh) -> None:
+    """For the kernels, by who trains or evaluates on `mesh`, before anything is traced."""
+    if mesh.devices.flat[0].platform == "cpu":
+        kernels()
+
+
 def at_hand(name: str) -> str | None:
-    """The same where kernels were asked for already, as training does at its start; nobody else waits for them."""
+    """The same where kernels were asked for already; nobody else waits for them."""
     return kernel(name) if start.cache_info().currsize else None
 
 

@@ -37,8 +37,7 @@ class Start:
     """The state that a run starts with, to be: shapes without values, and a program that computes the values."""
 
     def __init__(self, system: System, config: ConfigDict, mesh: Mesh):
-        if mesh.devices.flat[0].platform == "cpu":
-            native.kernels()  # who trains asks for them, before anything is traced
+        native.ask(mesh)
 
         def initial_state(seed):
             params = system.init(jax.random.fold_in(jax.random.key(seed), 1))

@@ -23,6 +23,20 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
+@pytest.fixture(params=["kernel", "XLA"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What has a kernel for a CPU, by the kernel and by XLA."""
+    import jax
+
+    from seqrec_jax import native
+
+    if request.param == "XLA":
+        monkeypatch.setattr(native, "kernels", dict)
+    elif jax.default_backend() != "cpu" or not native.kernels():
+        pytest.skip("needs a CPU and a C compiler")
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of the published data sets: SEQREC_DATA, or shared/data beside the repository."""

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqrec_jax import native
 from seqrec_jax.data import batches
 from seqrec_jax.data.dataset import SequenceDataset
 
@@ -221,13 +220,9 @@ def test_packed_rows_hold_what_padded_rows_hold():
     assert packed == padded
 
 
-@pytest.mark.parametrize("kernel", [True, False])
-def test_every_cell_belongs_to_the_history_that_lies_there(monkeypatch, kernel):
+@pytest.mark.usefixtures("form")
+def test_every_cell_belongs_to_the_history_that_lies_there():
     """In both forms, alone and side by side: with gaps, rows without a history, and places without one."""
-    if not kernel:
-        monkeypatch.setattr(native, "kernels", dict)
-    elif jax.default_backend() != "cpu" or not native.kernels():
-        pytest.skip("needs a CPU and a C compiler")
     rng, rows, width, places = np.random.default_rng(0), 7, 9, 25
     many = np.zeros((3, 3, places), np.int32)  # row, column, length
     expected = np.zeros((2, 3, rows, width), np.int32)

@@ -9,7 +9,6 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from configs import base
-from seqrec_jax import native
 from seqrec_jax.data.batches import Batch
 from seqrec_jax.encoders import transformer
 
@@ -263,13 +262,9 @@ def test_the_table_has_room_for_padding_and_the_mask_and_divides():
         assert rows % 64 == 0 and items + 2 <= rows < items + 2 + 64
 
 
-@pytest.mark.parametrize("kernel", [True, False])
-def test_a_vector_is_split_into_its_parts(monkeypatch, kernel):
+@pytest.mark.usefixtures("form")
+def test_a_vector_is_split_into_its_parts():
     """In both forms, alone and side by side: in order, of any shape, among them none at all."""
-    if not kernel:
-        monkeypatch.setattr(native, "kernels", dict)
-    elif jax.default_backend() != "cpu" or not native.kernels():
-        pytest.skip("needs a CPU and a C compiler")
     shapes = [(), (2, 3), (0, 4), (5,), (1, 1, 2), ()]
     for dtype in (np.float32, np.uint32):
         whole_2xN = np.arange(30).reshape(2, 15).astype(dtype)

@@ -6,23 +6,14 @@ import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
 
-from seqrec_jax import native
 from seqrec_jax.optimizer import transform, update
 from seqrec_jax.sharding import make_mesh
 
 MESH = make_mesh(1, 1)
 PLAIN = FrozenConfigDict({"optimizer": "adam", "weight_decay": 0.0, "clip_norm": 0.0})
 HPARAMS = {"beta1": 0.9, "beta2": 0.98}
+pytestmark = pytest.mark.usefixtures("form")
 SHAPES = {"one": (), "few": (7,), "none": (0, 3), "many": (513, 129), "rows": (31, 64)}  # more and less than a task
-
-
-@pytest.fixture(params=["kernel", "XLA"], autouse=True)
-def form(request, monkeypatch):
-    if request.param == "XLA":
-        monkeypatch.setattr(native, "kernels", dict)
-    elif jax.default_backend() != "cpu" or not native.kernels():
-        pytest.skip("needs a CPU and a C compiler")
-    return request.param
 
 
 def drawn(seed: int) -> dict:
