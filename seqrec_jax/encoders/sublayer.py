@@ -85,15 +85,15 @@ def fused_attention(query_RxLxHxW, key_RxLxHxW, value_RxLxHxW, visible_RxLxL) ->
 
 def sublayer(
     form: Form, x_NxD: jax.Array, visible_RxLxL: jax.Array | None, norm: Map, inner: tuple[Map, ...], outer: Map,
-    words: Sequence[tuple | None], rate: jax.Array, cells_U: jax.Array | None = None,
+    words: Sequence[tuple | None], rate: jax.Array,
 ) -> jax.Array:  # fmt: skip
-    """[N, D], or [U, D] for these cells alone: x + dropout(outer(core(inner(x)))), with a norm before or after.
+    """[N, D]: x + dropout(outer(core(inner(x)))), with a norm before or after.
 
     `norm` is (scale, bias), `outer` and each of `inner` (kernel, bias): queries, keys and values, or a feed-forward's
     one, which needs no `visible_RxLxL`. `words`: dropout's of the result and of attention's weights.
     """
     # Cells lie flat, N = R * L: XLA's CPU backend copies a three-dimensional operand of a weight's gradient.
-    if cells_U is None and _has_kernel(form, x_NxD, inner):
+    if _has_kernel(form, x_NxD, inner):
         numbers = tuple(jnp.uint32(x) for word in words for x in word or (0, 0))
         rate = jnp.float32(0 if words[0] is None else rate)
         return _by_kernel(form, x_NxD, visible_RxLxL, norm, inner, outer, numbers, rate)
@@ -110,8 +110,6 @@ def sublayer(
         else:
             core = attention(*inputs, visible_RxLxL, words[1], rate)
         core = core.reshape(x_NxD.shape)
-        if cells_U is not None:  # what follows is cell by cell
-            core, residual = core[cells_U], residual[cells_U]
     x_NxD = residual + dropout(words[0], affine(core, *outer), rate)
     return layer_norm(x_NxD, *norm, form.epsilon) if form.norm == "post" else x_NxD
 

@@ -93,24 +93,22 @@ class Block(nn.Module):
         before, norm = x_NxD, Norm(name="norm_attention")(dim)
         inner = tuple(Linear(dim, name=name)(dim) for name in ("query", "key", "value"))
         outer = Linear(dim, name="output")(dim)
-        x_NxD = sublayer(
-            attention, before, visible_RxLxL, norm, inner, outer, (of_attention, of_weights), rate, cells_U
-        )
+        x_NxD = sublayer(attention, before, visible_RxLxL, norm, inner, outer, (of_attention, of_weights), rate)
         if config.filter:
             source = before if config.norm == "post" else layer_norm(before, *norm, config.norm_epsilon)
             others, residual = (
                 before if config.norm == "query" else source,
                 source if config.norm == "query" else before,
             )
-            pick = lambda y_NxD: y_NxD if cells_U is None else y_NxD[cells_U]  # noqa: E731
             low = recent_mean(others, visible_RxLxL, config.filter_width)
             high_share = self.param("filter", nn.initializers.normal(1.0), (dim,)) ** 2
-            filtered = pick(low + high_share.astype(config.dtype) * (others - low))
-            filtered = pick(residual) + dropout(of_filter, filtered, rate)
+            filtered = residual + dropout(of_filter, low + high_share.astype(config.dtype) * (others - low), rate)
             if config.norm == "post":
                 filtered = layer_norm(filtered, *Norm(name="norm_filter")(dim), config.norm_epsilon)
             x_NxD = config.filter * filtered + (1 - config.filter) * x_NxD
 
+        if cells_U is not None:  # what follows is cell by cell
+            x_NxD = x_NxD[cells_U]
         norm = Norm(name="norm_ffn")(dim)
         inner, outer = (Linear(config.ffn, name="inner")(dim),), Linear(dim, name="outer")(config.ffn)
         return sublayer(feed_forward, x_NxD, None, norm, inner, outer, (of_ffn,), rate)
