@@ -32,6 +32,7 @@ static void affine(long n, long width, long depth, const float *a, const float *
 // A softmax over the cells that are seen, and dropout; `row` is that of its array.
 static void weigh(const Job *job, long row, const bool *visible, float scale, float *weights, float *kept) {
   long cells = job->form.cells, lanes = job->form.lanes;
+  Mask mask = job->of_weights;
   Floats most = (Floats){0} - INFINITY, sum = {0};
   Whole lane;
   EACH(v, LANES) lane[v] = v;
@@ -55,7 +56,7 @@ static void weigh(const Job *job, long row, const bool *visible, float scale, fl
   for (long k = 0; k < lanes; k += LANES) {
     Floats weight = load(weights + k) * share;
     store(weights + k, weight);
-    store(kept + k, dropped(job->of_weights, row * cells + k, weight));
+    store(kept + k, dropped(mask, row * cells + k, weight));
   }
 }
 
@@ -66,8 +67,7 @@ static void attend(const Job *job, long row, long head, const float *inner, floa
   long place = (row * form->heads + head) * cells;
   float *weights = job->weights + place * lanes, *kept = job->kept + place * lanes;
   float *columns = job->columns + row * width * lanes;
-  for (long w = 0; w < width; w++)
-    for (long k = 0; k < lanes; k++) columns[w * lanes + k] = k < cells ? key[k * form->inner + w] : 0;
+  turn(cells, width, key, form->inner, columns, lanes);
   memset(weights, 0, sizeof(float) * cells * lanes);
   add_product(cells, lanes, width, query, form->inner, 1, columns, lanes, weights, lanes);
   for (long q = 0; q < cells; q++)
@@ -98,9 +98,10 @@ static void run(Tasks *tasks, long row) {
   }
   float *sum = form->norm == POST ? between : out;
   const float *residual = form->norm == QUERY ? source : x;
+  Mask mask = job->mask;
   affine(n, dim, width, core, job->outer, job->outer_bias, sum, dim);
   for (long i = 0; i < n * dim; i += LANES)
-    store(sum + i, load(residual + i) + dropped(job->mask, first * dim + i, load(sum + i)));
+    store(sum + i, load(residual + i) + dropped(mask, first * dim + i, load(sum + i)));
   if (form->norm == POST) norm(job, n, between, out);
 }
 

@@ -19,7 +19,7 @@ typedef struct {
 } Form;
 
 typedef struct {
-  float rate;
+  float threshold, scale;  // of a hash's upper bits, of what is kept
   uint32_t first, last;
 } Mask;
 
@@ -43,7 +43,8 @@ static Form form_of(XLA_FFI_CallFrame *frame, const XLA_FFI_Buffer *x, const XLA
 }
 
 static Mask mask_of(XLA_FFI_Buffer **numbers) {
-  return (Mask){*(float *)numbers[0]->data, *(uint32_t *)numbers[1]->data, *(uint32_t *)numbers[2]->data};
+  float rate = *(float *)numbers[0]->data;
+  return (Mask){rate * 0x1p24f, 1 / (1 - rate), *(uint32_t *)numbers[1]->data, *(uint32_t *)numbers[2]->data};
 }
 
 INLINE Bits mixed(Bits x) {
@@ -54,11 +55,19 @@ INLINE Bits mixed(Bits x) {
 
 // What dropout leaves of x, the entries from `place` on of its array; the rest times 1 / (1 - rate). As in sublayer.py.
 INLINE Floats dropped(Mask mask, long place, Floats x) {
+  if (mask.threshold <= 0) return x;
   Bits count;
   EACH(v, LANES) count[v] = v;
   Bits bits = mixed(mixed(count + ((uint32_t)place + mask.first)) ^ mask.last) >> 8;
-  Whole kept = __builtin_convertvector((Whole)bits, Floats) >= mask.rate * 0x1p24f;
-  return (Floats)((Whole)(x / (1 - mask.rate)) & kept);
+  Whole kept = __builtin_convertvector((Whole)bits, Floats) >= mask.threshold;
+  return (Floats)((Whole)(x * mask.scale) & kept);
+}
+
+// `to` [width, lanes] = `from` [rows, width] turned, of rows `step` apart, and zeros behind.
+static void turn(long rows, long width, const float *from, long step, float *to, long lanes) {
+  for (long r = 0; r < lanes; r += LANES)
+    for (long w = 0; w < width; w++)
+      for (long v = r; v < r + LANES; v++) to[w * lanes + v] = v < rows ? from[v * step + w] : 0;
 }
 
 INLINE float sum_of(Floats x) {

@@ -56,8 +56,7 @@ static void attention_gradient(const Job *job, long row, long head, const float 
   long place = (row * form->heads + head) * cells * lanes;
   const float *weights = job->weights + place, *kept = job->kept + place;
   float *scores = job->scores + row * (cells + width) * lanes, *columns = scores + cells * lanes;
-  for (long w = 0; w < width; w++)
-    for (long k = 0; k < lanes; k++) columns[w * lanes + k] = k < cells ? value[k * step + w] : 0;
+  turn(cells, width, value, step, columns, lanes);
   memset(scores, 0, sizeof(float) * cells * lanes);
   add_product(cells, lanes, width, d, dim, 1, columns, lanes, scores, lanes);
   for (long q = 0; q < cells; q++) {
@@ -90,12 +89,13 @@ static void run_row(const Job *job, long row) {
   memset(d_x, 0, sizeof(float) * n * dim);
   memset(d_source, 0, sizeof(float) * n * dim);
   float *residual = form->norm == QUERY ? d_source : d_x;
+  Mask mask = job->mask;
   if (form->norm == POST)
     norm_gradient(job, n, between, out, residual, sums);
   else
     memcpy(residual, out, sizeof(float) * n * dim);
   for (long i = 0; i < n * dim; i += LANES)
-    store(d_product + i, dropped(job->mask, first * dim + i, load(residual + i)));
+    store(d_product + i, dropped(mask, first * dim + i, load(residual + i)));
   add_rows(n, dim, d_product, sums + 2 * dim);
   memset(d_core, 0, sizeof(float) * n * width);
   add_product(n, width, dim, d_product, dim, 1, job->outer_T, width, d_core, width);
@@ -156,7 +156,8 @@ static void run_piece(const Job *job, long piece) {
     long length = v < 3 ? dim : width;
     memset(vectors[v], 0, sizeof(float) * length);
     for (long row = 0; row < form->rows; row++)
-      for (long d = 0; d < length; d++) vectors[v][d] += sums[row * (3 * dim + form->inner) + d];
+      for (long d = 0; d < length; d += LANES)
+        store(vectors[v] + d, load(vectors[v] + d) + load(sums + row * (3 * dim + form->inner) + d));
     sums += length;
   }
 }
@@ -170,11 +171,6 @@ static void run(Tasks *tasks, long task) {
     wait_for(&job->rows_done, job->form.rows);
     run_piece(job, task - job->form.rows);
   }
-}
-
-static void transpose(long rows, long width, const float *from, float *to) {
-  for (long r = 0; r < rows; r++)
-    for (long w = 0; w < width; w++) to[w * rows + r] = from[r * width + w];
 }
 
 XLA_FFI_Error *sublayer_gradient(XLA_FFI_CallFrame *frame) {
@@ -196,9 +192,9 @@ XLA_FFI_Error *sublayer_gradient(XLA_FFI_CallFrame *frame) {
   job->d_product = out[0]->data, job->d_inner = out[1]->data, job->d_core = out[2]->data;
   job->d_source = out[3]->data, job->sums = out[4]->data, job->outer_T = out[5]->data, job->kernels_T = out[6]->data;
   if (form->activation == ATTENTION) job->scores = out[7]->data;
-  transpose(form->core, form->dim, job->outer, job->outer_T);
+  turn(form->core, form->dim, job->outer, form->dim, job->outer_T, form->core);
   for (long m = 0; m < form->parts; m++)
-    transpose(form->dim, form->core, job->kernels[m], job->kernels_T + m * form->core * form->dim);
+    turn(form->dim, form->core, job->kernels[m], form->core, job->kernels_T + m * form->core * form->dim, form->dim);
   job->tasks.tasks = form->rows + (1 + form->parts) * pieces_of(form->core, form->dim) + 1, job->tasks.run = run;
   run_all(frame, &job->tasks);
   return NULL;
