@@ -14,6 +14,7 @@ from seqrec_jax.config import load
 from seqrec_jax.data import batches
 from seqrec_jax.data.dataset import SequenceDataset
 from seqrec_jax.data.prepare import prepare
+from seqrec_jax.encoders import transformer
 from seqrec_jax.encoders.transformer import USER_TOKEN
 from seqrec_jax.errors import UserError
 from seqrec_jax.losses import bootstrap
@@ -114,7 +115,7 @@ def test_user_state_reads_the_whole_history_and_nothing_else():
     whole, batch = states(batch_of(dataset)), encoders.append_user_token(batch_of(dataset), "left")
     hidden_RxLxD = jax.jit(lambda batch: encoders.encode(params, batch, encoder, None, STILL, causal=False))(batch)
     found = jax.jit(lambda batch: encoders.user_states(params, batch, encoder, None, STILL))(batch_of(dataset))
-    np.testing.assert_allclose(found, encoders.last_states(hidden_RxLxD, batch), atol=1e-5)
+    np.testing.assert_allclose(found, transformer.last_states(hidden_RxLxD, batch), atol=1e-5)
     np.testing.assert_allclose(whole, states(batch_of(dataset, packed=False)), atol=1e-5)
     user = 7
     last = dataset.offsets_U1[user + 1] - 3  # of the training part

@@ -5,11 +5,11 @@ from ml_collections import ConfigDict
 
 from seqrec_jax.data.batches import Batch
 from seqrec_jax.encoders import gru, transformer
-from seqrec_jax.encoders.transformer import append_user_token, last_states, table_rows, user_states
+from seqrec_jax.encoders.transformer import append_user_token, table_rows, user_states
 
 ENCODERS = {"transformer": transformer, "gru": gru}
 
-__all__ = ["ENCODERS", "append_user_token", "encode", "init", "last_states", "table_rows", "user_states"]
+__all__ = ["ENCODERS", "append_user_token", "encode", "init", "table_rows", "user_states"]
 
 
 def init(key: jax.Array, config: ConfigDict, num_items: int, *, causal: bool = True) -> dict:

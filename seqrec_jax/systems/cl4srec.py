@@ -24,16 +24,16 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
     def loss(params, state, batch, key, hparams, data):
         key_next, key_negatives, key_views, key_a, key_b = jax.random.split(key, 5)
 
-        def encode(batch, key):
-            return encoders.encode(params, batch, encoder, key, hparams)
+        def encode(batch, key, **which):
+            return encoders.encode(params, batch, encoder, key, hparams, **which)
 
         next_item = next_item_loss(  # Eq. 15
             key_negatives, encode(batch, key_next), batch, params["items"], data["negatives"],
             config.loss, num_items, mesh,
         )  # fmt: skip
         view_a, view_b = two_views(key_views, batch, data["items_A"], config, hparams, mask_item)  # Section 3.3
-        users_a_UxD = encoders.last_states(encode(view_a, key_a), view_a)  # Section 3.2.2
-        users_b_UxD = encoders.last_states(encode(view_b, key_b), view_b)
+        users_a_UxD = encode(view_a, key_a, last_only=True)  # Section 3.2.2
+        users_b_UxD = encode(view_b, key_b, last_only=True)
         contrast = info_nce(  # Eq. 2
             users_a_UxD, users_b_UxD, batch.users_U >= 0, hparams["temperature"], mesh, config.contrastive.similarity
         )

@@ -53,8 +53,8 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
         key_next, key_negatives, key_draw, key_views, key_augment, key_encode = jax.random.split(key, 6)
         items_A = data["items_A"]
 
-        def encode(batch, key):
-            return encoders.encode(params, batch, encoder, key, hparams)
+        def encode(batch, key, **which):
+            return encoders.encode(params, batch, encoder, key, hparams, **which)
 
         hidden_RxLxD = encode(batch, key_next)
         next_item = next_item_loss(  # Eq. 10, 11
@@ -70,7 +70,7 @@ def build(config: ConfigDict, dataset: SequenceDataset, mesh: Mesh) -> System:
         if mode == "cl4srec":
             view = augmented(key_augment, view, items_A, config, hparams, num_items + 1)
         view = split_rows(mesh, view)
-        views_QxD = encoders.last_states(encode(view, key_encode), view)
+        views_QxD = encode(view, key_encode, last_only=True)
         views_VxPxD = views_QxD.reshape(*action_PxV.shape, -1).swapaxes(0, 1)  # Eq. 12, 13
         anchor_PxD = hidden_RxLxD.reshape(-1, encoder.dim)[cell_P]
         contrast = regularisation(
