@@ -156,7 +156,7 @@ def _forward(form: Form, x_NxD, visible_RxLxL, norm, inner, outer, words, rate):
         arguments += [visible_RxLxL, rate, *words[2:]]
         shapes += [(rows, form.heads, length, lanes)] * 2 + [(rows, width // form.heads, lanes)]
     out, *left = _call("sublayer", form, length, shapes, arguments)
-    return out, (x_NxD, norm[0], outer[0], [kernel for kernel, _ in inner], words, rate, left, visible_RxLxL)
+    return out, (x_NxD, norm[0], outer[0], [kernel for kernel, _ in inner], words, rate, left[:5], visible_RxLxL)
 
 
 def _backward(form: Form, saved, d_out_NxD):
@@ -171,7 +171,7 @@ def _backward(form: Form, saved, d_out_NxD):
     arguments = [d_out_NxD, x_NxD, scale, outer, rate, *words[:2], between, inner, core, *kernels]
     if form.heads:
         shapes += [(rows, length + width // form.heads, lanes)]
-        arguments += [visible_RxLxL, *attended[:2]]
+        arguments += [visible_RxLxL, *attended]
     d_x, d_scale, d_bias, d_outer, d_outer_bias, *rest = _call("sublayer_gradient", form, length, shapes, arguments)
     d_inner = tuple(zip(rest[: 2 * parts : 2], rest[1 : 2 * parts : 2], strict=True))
     return d_x, None, (d_scale, d_bias), d_inner, (d_outer, d_outer_bias), None, None

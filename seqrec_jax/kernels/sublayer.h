@@ -3,24 +3,25 @@
 // x → (norm) → inner products → core → outer product → dropout → + residual → (norm), for the cells of one row at a
 // time, which stay in a core's own cache. The core is attention among these cells, or an activation.
 //
-// Arrays: N cells in rows of `cells`, D entries, I of all inner products, C of the core (D in attention, else I); L is
-// `cells` filled up to whole vectors. All widths are multiples of 16.
+// Arrays: N cells in R rows of `cells`, D entries, I of all inner products, C of the core (D in attention, else I), H
+// heads; L is `cells` filled up to a multiple of 16, and all widths are such multiples.
 
 #include "kernel.h"
 
-enum { POST, PRE, QUERY };           // where the norm is; query: of the residual and of what queries are made from
-enum { ATTENTION, GELU, RELU };      // cores
-enum { NUMBERS = 3, MOST_INNER = 3 };  // rate and the two words of a mask; queries, keys, values
+enum { POST, PRE, QUERY };       // where the norm is; query: of the residual and of what queries are made from
+enum { ATTENTION, GELU, RELU };  // cores
+enum { MOST_INNER = 3 };         // queries, keys, values
 
 typedef struct {
-  long cells, rows, all, dim, inner, core, lanes, heads, parts;  // of N = all; parts: inner products of `width` each
+  long cells, rows, all, dim, inner, core, lanes, heads;  // all: N
+  long parts;                                             // inner products, I / parts wide
   int norm, activation;
   float epsilon;
 } Form;
 
 typedef struct {
   float threshold, scale;  // of a hash's upper bits, of what is kept
-  uint32_t first, last;
+  uint32_t first, last;    // words of the key
 } Mask;
 
 static const void *attribute(XLA_FFI_CallFrame *frame, int place) {
