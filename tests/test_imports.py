@@ -17,7 +17,7 @@ ORDER = [
     "data.synthetic", "data.attributes", "data.prepare", "data.splits", "data.labels", "data.cold_start",
     "data.histories", "data.vectors", "data.batches", "data.tasks", "data.prefixes", "data.same_target",
     "augment", "cloze", "sharding",
-    "encoders.transformer", "encoders.gru", "encoders",
+    "encoders.sublayer", "encoders.transformer", "encoders.gru", "encoders",
     "losses.fused", "losses.softmax", "losses.contrastive", "losses.negatives", "losses.next_item", "losses.bootstrap",
     "losses.mutual_information",
     "systems.system", "systems.pop", "systems.sasrec", "systems.cl4srec", "systems.duorec", "systems.s3rec",

@@ -27,11 +27,11 @@ def arguments(form, *, causal=True, rows=ROWS, length=LENGTH, dim=DIM, ffn=FFN, 
     rng = np.random.default_rng(seed)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     width = ffn if form.activation else dim
-    inner = tuple((draw(dim, width) / 3, draw(width)) for _ in range(1 if form.activation else 3))
+    inner = tuple((draw(dim, width) / math.sqrt(dim), draw(width)) for _ in range(1 if form.activation else 3))
     segments = np.sort(rng.integers(0, 4, (rows, length)))[:, ::-1]
     visible = (segments[:, :, None] == segments[:, None]) & (segments[:, None] > 0)
     visible &= np.tril(np.ones((length, length), bool)) | (not causal)
-    norm, outer = (1 + draw(dim) / 3, draw(dim)), (draw(width, dim) / 3, draw(dim))
+    norm, outer = (1 + draw(dim) / 3, draw(dim)), (draw(width, dim) / math.sqrt(width), draw(dim))
     return draw(rows * length, dim), None if form.activation else visible, norm, inner, outer
 
 
