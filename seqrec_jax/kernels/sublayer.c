@@ -39,7 +39,7 @@ static void weigh(const Job *job, long row, const bool *visible, float scale, fl
   for (long k = 0; k < lanes; k += LANES) {
     typedef int8_t Seen __attribute__((vector_size(LANES)));
     Seen seen = {0};
-    memcpy(&seen, visible + k, least(cells - k, LANES));
+    if (k < cells) memcpy(&seen, visible + k, least(cells - k, LANES));
     Floats x = chosen(__builtin_convertvector(seen, Whole) > 0, load(weights + k) * scale, (Floats){0} - 1e30f);
     x = chosen(lane < (int)(cells - k), x, (Floats){0} - INFINITY);
     store(weights + k, x);
