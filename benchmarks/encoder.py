@@ -13,6 +13,7 @@ from ml_collections import FrozenConfigDict
 from benchmarks import data, flops, machine
 from benchmarks.run import Sizes, config_of
 from configs import sasrec
+from seqrec_jax import native
 from seqrec_jax.data.batches import batch_of, plan_epoch
 from seqrec_jax.data.prepare import prepare
 from seqrec_jax.encoders import transformer
@@ -30,7 +31,9 @@ def main() -> int:
         data.write_lines(data.made_up(Sizes.users, Sizes.items), path)
         config = config_of(sasrec, Sizes(), path)
         dataset = prepare(config.data, Path(folder) / "prepared")
-    layout = train_layout(config, dataset, make_mesh(1, 1))
+    mesh = make_mesh(1, 1)
+    native.ask(mesh)
+    layout = train_layout(config, dataset, mesh)
     batch = jax.jit(batch_of)(jnp.asarray(dataset.items_A), layout, jax.jit(plan_epoch)(layout, None), 0)
     encoder, hparams, key = FrozenConfigDict(config.encoder), hparams_of(config), jax.random.key(0)
     params = jax.jit(transformer.init, static_argnums=(1, 2))(key, encoder, len(dataset.item_ids))
