@@ -130,6 +130,13 @@ def test_the_kernels_do_what_xla_does(monkeypatch, case, rate):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6 * largest)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernels_are_called_where_they_can_be(form, case):
+    x, visible, *maps = arguments(case)
+    gradient = jax.grad(lambda x: sublayer(case, x, visible, *maps, WORDS, 0.1).sum())
+    assert str(jax.make_jaxpr(gradient)(x)).count("= ffi_call[") == (2 if form == "kernel" else 0)
+
+
 @pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("case", [Form("post", EPSILON, heads=2), Form("pre", EPSILON, "gelu")], ids=str)
 def test_runs_side_by_side_are_as_alone(case):

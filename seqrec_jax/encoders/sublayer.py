@@ -92,11 +92,11 @@ def sublayer(
     `norm` is (scale, bias), `outer` and each of `inner` (kernel, bias): queries, keys and values, or a feed-forward's
     one, which needs no `visible_RxLxL`. `words`: dropout's of the result and of attention's weights.
     """
-    # Cells lie flat, N = R * L: XLA's CPU backend copies a three-dimensional operand of a weight's gradient.
     if _has_kernel(form, x_NxD, inner):
         numbers = tuple(jnp.uint32(x) for word in words for x in word or (0, 0))
         rate = jnp.float32(0 if words[0] is None else rate)
         return _by_kernel(form, x_NxD, visible_RxLxL, norm, inner, outer, numbers, rate)
+    # Cells lie flat, N = R * L: XLA's CPU backend copies a three-dimensional operand of a weight's gradient.
     dtype = jnp.dtype(form.dtype)
     affine = lambda x, kernel, bias: x.astype(dtype) @ kernel.astype(dtype) + bias.astype(dtype)  # noqa: E731
     source = x_NxD if form.norm == "post" else layer_norm(x_NxD, *norm, form.epsilon)
@@ -133,7 +133,7 @@ def _projected(form: Form, source_NxD, others_NxD, inner: tuple[Map, ...], shape
 
 
 def _has_kernel(form: Form, x_NxD: jax.Array, inner: tuple[Map, ...]) -> bool:
-    """On one CPU, in float32, for widths of whole vectors; in the processes that have asked for kernels: who trains."""
+    """On one CPU, in float32, for widths of whole vectors; in processes that asked for kernels (native.ask)."""
     widths = [x_NxD.shape[1], inner[0][0].shape[1], x_NxD.shape[1] // (form.heads or 1)]
     suits = form.dtype == "float32" == x_NxD.dtype and not form.fused and not any(width % WIDE for width in widths)
     one = jax.default_backend() == "cpu" and jax.device_count() == 1

@@ -96,10 +96,7 @@ class Block(nn.Module):
         x_NxD = sublayer(attention, before, visible_RxLxL, norm, inner, outer, (of_attention, of_weights), rate)
         if config.filter:
             source = before if config.norm == "post" else layer_norm(before, *norm, config.norm_epsilon)
-            others, residual = (
-                before if config.norm == "query" else source,
-                source if config.norm == "query" else before,
-            )
+            others, residual = (before, source) if config.norm == "query" else (source, before)
             low = recent_mean(others, visible_RxLxL, config.filter_width)
             high_share = self.param("filter", nn.initializers.normal(1.0), (dim,)) ** 2
             filtered = residual + dropout(of_filter, low + high_share.astype(config.dtype) * (others - low), rate)
